@@ -1,0 +1,537 @@
+"""The command line: parse, build the configs, call one function, print. No loop, no tensor.
+
+Options that set a field of a config take their name, type and help from it (`_options`). Nothing
+here imports torch before a command needs it: ``mmc --help`` answers at once.
+"""
+
+import functools
+import inspect
+import json
+import os
+import sys
+import tempfile
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from mmc.extract.options import ExtractConfig
+from mmc.extract.sources import SourceOptions
+from mmc.heads.options import TrainConfig
+from mmc.store.config import build, field_docs
+from mmc.store.errors import InputError, MmcError
+
+app = typer.Typer(
+    name="mmc",
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+# Which fields of the configs are options; the others are set with --set, or from Python.
+EXTRACT = """fields batch_size precision device workers max_text_tokens label_prompt label_names
+    compress max_pixels shard_rows strict overwrite retry_failed"""
+SOURCE = """image_column text_column label_column id_column split_column image_root label_separator
+    split_by text_template task encoding allow_absolute_paths"""
+TRAIN = "head features loss batch_size epochs lr seed precision device overwrite"
+
+COMPLETED = {"head": "heads", "loss": "losses"}
+
+Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting of a part; see `mmc list`. Repeat."),
+]
+StorePath = Annotated[str, typer.Argument(metavar="STORE", help="The store's folder or URL.")]
+Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, mps.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")]
+
+
+# The base of what Typer raises for a wrong command line; it has no public name of its own.
+_UsageError = typer.BadParameter.__mro__[2]
+
+
+def _options(config: type, fields: str, into: str) -> Callable[[Any], Any]:
+    """Give a command an option per field of ``config``; what was set comes as the dict ``into``."""
+    docs, hints, names = field_docs(config), typing.get_type_hints(config), fields.split()
+
+    def wrap(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def call(**given: Any) -> Any:
+            settings = {name: given.pop(name) for name in names}
+            given[into] = {k: v for k, v in settings.items() if v is not None and v is not False}
+            return command(**given)
+
+        signature = inspect.signature(command)
+        own = [p for p in signature.parameters.values() if p.name != into]
+        added = [_option(name, hints[name], docs[name]) for name in names]
+        call.__signature__ = signature.replace(parameters=own + added)  # type: ignore[attr-defined]
+        call.__annotations__ = {p.name: p.annotation for p in own + added}
+        return call
+
+    return wrap
+
+
+def _option(name: str, hint: Any, doc: str) -> inspect.Parameter:
+    """A keyword parameter that Typer shows as ``--name``; values are converted by the config."""
+    inner = hint
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        inner = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    if typing.get_origin(inner) is tuple:
+        inner = str  # a,b,c
+    flag = bool(inner is bool)
+    option = typer.Option(
+        "--" + name.replace("_", "-"),
+        help=" ".join(doc.split()),
+        show_default=False,
+        autocompletion=_names(COMPLETED[name]) if name in COMPLETED else None,
+    )
+    kind = bool if flag else inner | None
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False if flag else None,
+        annotation=Annotated[kind, option],
+    )
+
+
+def _say(line: str) -> None:
+    """News of a running command: stderr, so that stdout holds results only."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _print_json(result: Any) -> None:
+    print(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+
+
+def _names(table: str) -> Callable[[str], list[str]]:
+    """Shell completion over a table of components."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [entry.name for entry in _table(table) if entry.name.startswith(incomplete)]
+
+    return complete
+
+
+def _table(kind: str) -> tuple[Any, ...]:
+    from importlib import import_module
+
+    from mmc.store.registry import entries
+
+    module, group = {
+        "backbones": ("mmc.extract.backbones", "BACKBONES"),
+        "sources": ("mmc.extract.sources", "SOURCES"),
+        "heads": ("mmc.heads.models", "HEADS"),
+        "losses": ("mmc.heads.losses", "LOSSES"),
+    }[kind]
+    return entries(getattr(import_module(module), group), f"mmc.{kind}")
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, help="Show versions and devices, and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
+) -> None:
+    """Classify image + text samples: embed once with a big backbone, train light heads in seconds.
+
+    \b
+    Example:
+      mmc extract train.csv my.store --backbone open_clip:ViT-B-32/laion2b_s34b_b79k
+      mmc train-head my.store my.run --head linear
+      mmc predict my.run test.csv --out predictions.csv
+    """
+    if version:
+        from mmc.heads.artifact import library_versions
+
+        for name, number in library_versions().items():
+            print(f"{name:<12} {number}")
+        print(f"{'devices':<12} {', '.join(_devices())}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def _devices() -> list[str]:
+    import torch
+
+    found = ["cpu"]
+    found += [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    return found + (["mps"] if torch.backends.mps.is_available() else [])
+
+
+@app.command("extract")
+@_options(SourceOptions, SOURCE, into="source_options")
+@_options(ExtractConfig, EXTRACT, into="settings")
+def extract_command(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="A table, a folder of tables, or train=A,test=B."),
+    ],
+    store: StorePath,
+    backbone: Annotated[
+        list[str],
+        typer.Option(
+            help="Backbone to run; see `mmc list backbones`. Repeat for more.",
+            autocompletion=_names("backbones"),
+        ),
+    ],
+    name: Annotated[
+        list[str] | None, typer.Option(help="Its name in the store, one for each --backbone.")
+    ] = None,
+    json_output: Json = False,
+    *,
+    settings: dict[str, Any],
+    source_options: dict[str, Any],
+) -> None:
+    """Embed every sample once and keep the result in a store; resumes where it stopped.
+
+    \b
+    Example:
+      mmc extract train.csv my.store --backbone open_clip:ViT-B-32/laion2b_s34b_b79k --name clip
+      mmc extract data/ my.store --backbone hf:sentence-transformers/all-MiniLM-L6-v2 --name minilm
+    """
+    config = build(
+        ExtractConfig,
+        settings
+        | {
+            "backbones": tuple(backbone),
+            "names": tuple(name) if name else None,
+            "source": build(SourceOptions, source_options, where="the source"),
+        },
+        where="mmc extract",
+    )
+    report = _extract(source, store, config)
+    if json_output:
+        _print_json(report)
+
+
+def _extract(source: str, store: str, config: ExtractConfig) -> Any:
+    """Run an extraction with progress and say how it went."""
+    from mmc.extract.pipeline import extract
+    from mmc.extract.progress import Progress
+
+    with Progress() as progress:
+        return extract(source, store, config, report=_say, progress=progress)
+
+
+@app.command("train-head")
+@_options(TrainConfig, TRAIN, into="settings")
+def train_head_command(
+    store: StorePath,
+    run: RunPath,
+    set_: Set = None,
+    json_output: Json = False,
+    *,
+    settings: dict[str, Any],
+) -> None:
+    """Train a head on a store; tunes thresholds on val, reports val and test.
+
+    \b
+    Example:
+      mmc train-head my.store my.run --head linear
+      mmc train-head my.store my.run --head mlp --features image=clip/image,text=minilm/text
+      mmc train-head my.store my.run --head mlp --set head.hidden=1024 --set loss.pos_weight=auto
+    """
+    from mmc.extract.progress import Progress
+    from mmc.heads.evaluate import format_table
+    from mmc.heads.trainer import train
+    from mmc.store import EmbeddingStore
+
+    config = build(TrainConfig, settings | {"settings": tuple(set_ or ())}, where="mmc train-head")
+    with Progress() as progress:
+        report = train(EmbeddingStore.open(store), run, config, report=_say, progress=progress)
+    if json_output:
+        _print_json(report)
+    else:
+        print(format_table(report.metrics))
+
+
+@app.command("predict")
+@_options(SourceOptions, SOURCE, into="source_options")
+def predict_command(
+    run: RunPath,
+    input_: Annotated[
+        str, typer.Argument(metavar="INPUT", help="A store, or a source like the one trained on.")
+    ],
+    out: Annotated[Path, typer.Option(help="CSV file to write.")],
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Samples of this split only; default: test where there is one, else all."
+        ),
+    ] = None,
+    scores: Annotated[
+        bool, typer.Option("--scores", help="Add a column score:LABEL per label.")
+    ] = False,
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Exactly the K most probable labels, whatever the thresholds say."),
+    ] = None,
+    at_least_one: Annotated[
+        bool,
+        typer.Option(
+            "--at-least-one", help="The most probable label where none passes its threshold."
+        ),
+    ] = False,
+    form: Annotated[
+        Literal["auto", "default", "kaggle", "hateful-memes", "long", "wide"],
+        typer.Option("--format", help="Form of the CSV file; auto follows the source."),
+    ] = "auto",
+    store: Annotated[
+        str | None, typer.Option(help="Keep the embeddings of a source here, for the next time.")
+    ] = None,
+    device: Device = "auto",
+    json_output: Json = False,
+    *,
+    source_options: dict[str, Any],
+) -> None:
+    """Predict labels for a store or for new data, write a CSV file, and check it.
+
+    \b
+    Example:
+      mmc predict my.run my.store --split test --out predictions.csv --scores
+      mmc predict my.run new.csv --out predictions.csv --store new.store
+    """
+    from mmc.extract.progress import Progress
+    from mmc.extract.recipe import embed_like
+    from mmc.extract.recipe import source_options as combined
+    from mmc.heads.artifact import Run
+    from mmc.heads.predict import Decision, predict_csv
+    from mmc.store import EmbeddingStore
+
+    loaded = Run.load(run)
+    decision = Decision(top_k=top_k, at_least_one=at_least_one)
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress())
+        if _is_store(input_):
+            if store or source_options:
+                raise InputError(
+                    f"{input_} is a store: --store and the options of sources do not apply to it"
+                )
+            opened, rows = EmbeddingStore.open(input_), None
+        else:
+            opened, rows = embed_like(
+                loaded.recipe(),
+                input_,
+                store or stack.enter_context(_scratch(out)),
+                combined(loaded.source, source_options),
+                device=device,
+                report=_say,
+                progress=progress,
+            )
+        report = predict_csv(
+            loaded,
+            opened,
+            out,
+            split=split,
+            rows=rows,
+            form=form,
+            scores=scores,
+            decision=decision,
+            device=device,
+            progress=progress,
+        )
+    if json_output:
+        _print_json(asdict(report))
+    else:
+        print(report)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _is_store(path: str) -> bool:
+    """Whether INPUT is a store; a source is a table, or a folder of tables."""
+    from mmc.store import EmbeddingStore
+    from mmc.store.errors import NotAStoreError
+
+    try:
+        EmbeddingStore.open(path)
+    except NotAStoreError:
+        return False
+    return True
+
+
+@contextmanager
+def _scratch(out: Path) -> Iterator[str]:
+    """A store beside the output, for as long as it is needed."""
+    try:
+        with tempfile.TemporaryDirectory(
+            prefix=".mmc-predict-", dir=out.absolute().parent
+        ) as folder:
+            yield f"{folder}/store"
+    except FileNotFoundError as error:
+        raise InputError(f"the folder of --out {out} is not there") from error
+
+
+@app.command("evaluate")
+def evaluate_command(
+    run: RunPath,
+    store: StorePath,
+    split: Annotated[
+        str, typer.Option(help="Samples of this split; `all` for every labelled one.")
+    ] = "test",
+    device: Device = "auto",
+    json_output: Json = False,
+) -> None:
+    """Measure a run on the labelled samples of a store.
+
+    \b
+    Example:
+      mmc evaluate my.run my.store --split test
+    """
+    from mmc.heads.artifact import Run
+    from mmc.heads.evaluate import evaluate, format_table
+    from mmc.store import EmbeddingStore
+
+    result = evaluate(
+        Run.load(run), EmbeddingStore.open(store), None if split == "all" else split, device=device
+    )
+    if json_output:
+        _print_json(result)
+    else:
+        print(format_table(result))
+
+
+@app.command("info")
+def info_command(store: StorePath, json_output: Json = False) -> None:
+    """Show what a store holds: features, rows, splits, labels, where it came from.
+
+    \b
+    Example:
+      mmc info my.store
+    """
+    from mmc.store import EmbeddingStore
+    from mmc.store.summary import format_summary
+
+    info = EmbeddingStore.open(store).info()
+    if json_output:
+        _print_json(info)
+    else:
+        print(format_summary(info))
+
+
+@app.command("verify")
+def verify_command(
+    store: StorePath,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair", help="Mark what is damaged as missing: the next extract fills it again."
+        ),
+    ] = False,
+    json_output: Json = False,
+) -> None:
+    """Read every committed byte of a store and compare its checksums.
+
+    \b
+    Example:
+      mmc verify my.store
+      mmc verify my.store --repair
+    """
+    from mmc.store import EmbeddingStore
+    from mmc.store import repair as repair_store
+    from mmc.store import verify as verify_store
+
+    opened = EmbeddingStore.open(store)
+    problems = repair_store(opened) if repair else verify_store(opened)
+    if json_output:
+        _print_json([asdict(problem) for problem in problems])
+    for problem in [] if json_output else problems:
+        print(f"{problem.file}: {problem.what}")
+    if not problems:
+        _say(f"{store}: every checksum is right")
+    elif repair:
+        _say(f"{len(problems)} mended: run the same `mmc extract` again to fill what is missing")
+    else:
+        raise MmcError(
+            f"{len(problems)} damaged files in {store}; run `mmc verify {store} --repair`"
+        )
+
+
+@app.command("compact")
+def compact_command(store: StorePath) -> None:
+    """Drop the samples that are gone from their source, and the space they take.
+
+    \b
+    Example:
+      mmc compact my.store
+    """
+    from mmc.store import EmbeddingStore, compact
+
+    print(f"{compact(EmbeddingStore.open(store))} samples dropped")
+
+
+@app.command("list")
+def list_command(
+    kind: Annotated[
+        Literal["backbones", "heads", "losses", "sources"], typer.Argument(help="What to list.")
+    ],
+    json_output: Json = False,
+) -> None:
+    """List the backbones, heads, losses or sources that can be chosen by name.
+
+    \b
+    Example:
+      mmc list heads
+    """
+    table = _table(kind)
+    if json_output:
+        _print_json([asdict(entry) for entry in table])
+        return
+    width = max(len(entry.name) for entry in table)
+    for entry in table:
+        print(
+            f"{entry.name:<{width}}  {entry.description}"
+            + (f" ({entry.needs})" if entry.needs else "")
+        )
+
+
+@app.command("demo")
+def demo_command(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make; about 100 MB.")],
+    seed: Annotated[int, typer.Option(help="Another seed makes another set.")] = 0,
+) -> None:
+    """Run the main job on a set made from handwritten digits: offline, a few minutes on two cores.
+
+    \b
+    Example:
+      mmc demo demo
+    """
+    from mmc.extract.demo.run import run_demo
+
+    run_demo(directory, report=print, seed=seed)
+
+
+def main() -> None:
+    """Run the command line; every error that mmc raises on purpose is one line and an exit code."""
+    # Read once by OpenMP when torch loads it: idle workers sleep instead of spinning, which costs
+    # little alone and saves half the rate when something else runs on the machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        code = app(arguments, prog_name="mmc", standalone_mode=False) or 0
+    except (MmcError, _UsageError) as error:
+        if "--debug" in sys.argv[1:]:
+            traceback.print_exc()
+        usage = isinstance(error, _UsageError)
+        _say(f"error: {error.format_message() if usage else error}")
+        code = error.exit_code
+    except KeyboardInterrupt:
+        _say("stopped; what was finished is kept, and the same command goes on from there")
+        code = 130
+    except BrokenPipeError:  # `mmc info … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Backbone families, chosen by name; each is imported when a backbone is loaded.
+
+An entry's target is a function ``load(name, options, *, device, precision, max_text_tokens)`` that
+returns an object with the interface of :class:`mmc.extract.backbones.base.Backbone`.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from mmc.store.errors import InputError
+from mmc.store.registry import Entry, load, lookup
+
+if TYPE_CHECKING:
+    from mmc.extract.backbones.base import Backbone
+
+GROUP = "mmc.backbones"
+"""Entry point group in which other packages register families."""
+
+BACKBONES: tuple[Entry, ...] = (
+    Entry(
+        "open_clip",
+        "mmc.extract.backbones.openclip:load",
+        "any open_clip model: image, text, image_tokens, text_tokens",
+        "open_clip:MODEL/TAG, open_clip:MODEL/CHECKPOINT, open_clip:FOLDER",
+    ),
+    Entry(
+        "hf",
+        "mmc.extract.backbones.hf:load",
+        "transformers: CLIP and SigLIP (image and text), BERT-like encoders (text)",
+        "hf:HUB_NAME or hf:FOLDER",
+    ),
+    Entry(
+        "python",
+        "mmc.extract.backbones.custom:load",
+        "your own class with the interface of mmc.extract.backbones.base.Backbone",
+        "python:package.module:Class",
+    ),
+)
+
+_SPEC = re.compile(r"(?P<family>[A-Za-z_][\w-]*):(?P<name>.*?)(?:\[(?P<options>[^\[\]]*)\])?", re.S)
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """Which backbone: ``family:name[key=value,…]``; ``str()`` writes it so again."""
+
+    family: str
+    name: str
+    options: dict[str, str] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        options = ",".join(f"{key}={value}" for key, value in sorted(self.options.items()))
+        return f"{self.family}:{self.name}" + (f"[{options}]" if options else "")
+
+
+def parse_spec(spec: str) -> BackboneSpec:
+    """Split ``family:name[key=value,…]`` and check that the family exists.
+
+    Raises:
+        InputError: no such form, an unknown family, or an option that is not ``key=value``.
+    """
+    match = _SPEC.fullmatch(spec.strip())
+    if match is None or not match["name"]:
+        raise InputError(
+            f"backbone {spec!r} is not of the form family:name[option=value,…], "
+            "for example open_clip:ViT-B-32/laion2b_s34b_b79k"
+        )
+    lookup(BACKBONES, match["family"], kind="backbone", group=GROUP)
+    options: dict[str, str] = {}
+    for part in filter(None, (match["options"] or "").split(",")):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (key and equals and value):
+            raise InputError(f"backbone {spec!r}: option {part!r} must be key=value")
+        if key in options:
+            raise InputError(f"backbone {spec!r}: option {key!r} is given twice")
+        options[key] = value
+    return BackboneSpec(match["family"], match["name"], options)
+
+
+def load_backbone(
+    spec: str, *, device: str, precision: str, max_text_tokens: int | None = None
+) -> "Backbone":
+    """Load the backbone that ``spec`` names, in evaluation mode.
+
+    Args:
+        spec: as :func:`parse_spec` takes it.
+        device: a torch device such as ``cpu`` or ``cuda:0``.
+        precision: ``float32``, or ``bf16`` to cast the weights to bfloat16.
+        max_text_tokens: texts are cut to so many tokens; None: the model's own length.
+
+    Raises:
+        InputError: unknown family, model, weights or option; weights that are not on this machine
+            and cannot be fetched; weights that do not fit.
+    """
+    if precision not in ("bf16", "float32"):
+        raise InputError(f"precision {precision!r}: choose bf16 or float32")
+    if max_text_tokens is not None and max_text_tokens < 2:
+        raise InputError(f"max_text_tokens must be at least 2, got {max_text_tokens}")
+    parsed = parse_spec(spec)
+    loader = load(lookup(BACKBONES, parsed.family, kind="backbone", group=GROUP))
+    backbone: Backbone = loader(
+        parsed.name,
+        parsed.options,
+        device=device,
+        precision=precision,
+        max_text_tokens=max_text_tokens,
+    )
+    backbone.context["spec"] = str(parsed)
+    return backbone

@@ -1,0 +1,137 @@
+"""A backbone made of an image tower, a text tower, or both.
+
+Families describe their towers as small functions; what is the same for all (moving to the device,
+normalising, choosing fields, masking, float32 out) is here once.
+
+Shapes: B samples, T tokens, P patches, D features of the shared space, Dv and Dt of the towers.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmc.extract.backbones.base import (
+    PROMPT,
+    Normalizer,
+    TokenBatch,
+    check_fields,
+    field_table,
+    masked_tokens,
+)
+from mmc.extract.transforms import ImageTransform
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTower:
+    """How normalised images (B, 3, H, W) become features."""
+
+    transform: ImageTransform
+    forward: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    """Pooled (B, D) and patch tokens (B, P, Dv); no tokens where the model has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTower:
+    """How texts become tokens and tokens features."""
+
+    tokenize: Callable[[list[str]], TokenBatch]
+    """Called by one thread at a time."""
+    forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
+    """Ids (B, any) and lengths (B,) on the device to pooled (B, D) and token states."""
+    length: int
+    """T: tokens kept per text."""
+
+
+class Encoder:
+    """A :class:`mmc.extract.backbones.base.Backbone` from one or two towers.
+
+    The fields are what a first forward of a gray image and of an empty text gives.
+    """
+
+    def __init__(
+        self,
+        *,
+        image: ImageTower | None,
+        text: TextTower | None,
+        device: str,
+        dtype: torch.dtype,
+        identity: dict[str, Any],
+        context: dict[str, Any],
+        prompt_template: str = PROMPT,
+    ) -> None:
+        self._image = image
+        self._text = text
+        self._device = torch.device(device)
+        self._dtype = dtype
+        self._normalize = Normalizer(image.transform).to(self._device) if image else None
+        self._tokenizing = threading.Lock()
+        self.image_transform = image.transform if image else None
+        self.prompt_template = prompt_template
+        self.identity = identity
+        self.context = context
+        self.fields = field_table(self._shapes())
+        self.default_fields = tuple(name for name in ("image", "text") if name in self.fields)
+
+    def tokenize(self, texts: list[str]) -> TokenBatch:
+        """Token ids of ``texts``, truncated to the model's length; deterministic."""
+        if self._text is None:
+            check_fields(["text"], self.fields, "text")
+            raise AssertionError("a backbone without a text tower has no text fields")
+        with self._tokenizing:
+            return self._text.tokenize(list(texts))
+
+    @torch.no_grad()
+    def encode_image(self, pixels: Tensor, fields: Sequence[str]) -> dict[str, Tensor]:
+        """``image`` (B, D) and ``image_tokens`` (B, P, Dv), float32, of uint8 (B, 3, H, W)."""
+        check_fields(fields, self.fields, "image")
+        found = self._image_fields(pixels)
+        return {name: found[name] for name in fields}
+
+    @torch.no_grad()
+    def encode_text(self, tokens: TokenBatch, fields: Sequence[str]) -> dict[str, Tensor]:
+        """``text`` (B, D), ``text_tokens`` (B, T, Dt) float32 and ``text_mask`` (B, T) bool."""
+        check_fields(fields, self.fields, "text")
+        found = self._text_fields(tokens, states_wanted="text_tokens" in fields)
+        return {name: found[name] for name in fields}
+
+    def _image_fields(self, pixels: Tensor) -> dict[str, Tensor]:
+        assert self._image is not None
+        assert self._normalize is not None
+        inputs = self._normalize(pixels.to(self._device, non_blocking=True), self._dtype)
+        pooled, patches = self._image.forward(inputs)
+        found = {"image": pooled.float()}
+        if patches is not None:
+            found["image_tokens"] = patches.float()
+        return found
+
+    def _text_fields(self, tokens: TokenBatch, states_wanted: bool) -> dict[str, Tensor]:
+        assert self._text is not None
+        ids = tokens.cut().to(self._device, non_blocking=True)
+        lengths = tokens.lengths.to(self._device, non_blocking=True)
+        pooled, states = self._text.forward(ids, lengths)
+        found = {"text": pooled.float()}
+        if states is None:
+            return found
+        if states_wanted:
+            found["text_tokens"], found["text_mask"] = masked_tokens(
+                states, lengths, self._text.length
+            )
+        else:
+            columns = torch.arange(self._text.length, device=self._device)
+            found["text_mask"] = columns < lengths[:, None]
+        return found
+
+    @torch.no_grad()
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape per sample of every field, from one forward of each tower."""
+        found: dict[str, Tensor] = {}
+        if self._image is not None:
+            gray = torch.full((1, 3, *self._image.transform.size), 128, dtype=torch.uint8)
+            found |= self._image_fields(gray)
+        if self._text is not None:
+            found |= self._text_fields(self._text.tokenize([""]), states_wanted=True)
+        return {name: tuple(array.shape[1:]) for name, array in found.items()}

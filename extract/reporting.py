@@ -1,0 +1,102 @@
+"""What an extraction says at its end."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mmc.extract.lanes import NO_IMAGE, Lane
+from mmc.extract.options import ExtractReport, Failure
+from mmc.store import EmbeddingStore
+from mmc.store.sync import SyncReport
+
+FAILURES_SHOWN = 5
+
+Say = Callable[[str], None]
+
+
+def say_sync(sync: SyncReport, report: Say) -> None:
+    """What the source changed in the store's table, one line."""
+    parts = [
+        (sync.added, "new"),
+        (sync.changed_images, "with another image"),
+        (sync.changed_texts, "with another text"),
+        (sync.relabelled, "relabelled"),
+        (sync.gone, "gone from the source"),
+        (sync.unchanged, "unchanged"),
+    ]
+    report("samples: " + ", ".join(f"{count:,} {what}" for count, what in parts if count))
+
+
+def failures(store: EmbeddingStore, lanes: Sequence[Lane]) -> list[Failure]:
+    """Rows of this run that could not be embedded, by row; those without an image left out."""
+    found = [
+        (row, lane.label, lane.failed[row])
+        for lane in lanes
+        for row in lane.pending.tolist()
+        if lane.failed.get(row, NO_IMAGE) != NO_IMAGE
+    ]
+    if not found:
+        return []
+    ids = store.column("id")
+    return [
+        Failure(row=row, id=ids[row].as_py(), feature=label, reason=reason)
+        for row, label, reason in sorted(found)
+    ]
+
+
+def count_without_image(lanes: Sequence[Lane]) -> int:
+    """Samples of this run that name no image."""
+    rows = {
+        row
+        for lane in lanes
+        if lane.tower == "image"
+        for row in lane.pending.tolist()
+        if lane.failed.get(row) == NO_IMAGE
+    }
+    return len(rows)
+
+
+def count_embedded(lanes: Sequence[Lane]) -> int:
+    """Samples that got at least one new embedding."""
+    done = [
+        lane.pending[[row not in lane.failed for row in lane.pending.tolist()]]
+        for lane in lanes
+        if len(lane.pending)
+    ]
+    return len(np.unique(np.concatenate(done))) if done else 0
+
+
+def bottleneck(stages: dict[str, float], threads: dict[str, int]) -> str:
+    """The stage whose threads were busy for longest; empty when none was."""
+    busy = {stage: seconds / threads[stage] for stage, seconds in stages.items()}
+    stage = max(busy, key=lambda name: busy[name])
+    return stage if busy[stage] > 0 else ""
+
+
+def say_outcome(outcome: ExtractReport, report: Say) -> None:
+    """Rate, efficiency, stages and failures, a few lines."""
+    if not outcome.embedded and not outcome.failed and not outcome.without_image:
+        report(f"nothing to do: {outcome.samples:,} samples are already embedded")
+        return
+    share = (
+        f"{outcome.efficiency:.0%} of the bare forward rate ({outcome.ceiling:,.1f}/s)"
+        if outcome.efficiency is not None
+        else "bare forward rate not measured: the run was short"
+    )
+    report(
+        f"embedded {outcome.embedded:,} samples in {outcome.embed_seconds:,.1f} s: "
+        f"{outcome.rate:,.1f} samples/s, {share}"
+    )
+    stages = ", ".join(f"{stage} {seconds:,.1f} s" for stage, seconds in outcome.stages.items())
+    report(
+        f"thread time: {stages}; slowest: {outcome.bottleneck}; "
+        f"loading the backbone took {outcome.load_seconds:,.1f} s"
+    )
+    if outcome.without_image:
+        report(f"{outcome.without_image:,} samples have no image")
+    if outcome.failed:
+        report(f"warning: {outcome.failed:,} samples could not be embedded:")
+        for failure in outcome.failures:
+            report(f"  {failure.id}: {failure.reason} ({failure.feature})")
+        if outcome.failed > len(outcome.failures):
+            report("  …; all of them are in errors.parquet beside the features")

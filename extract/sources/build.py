@@ -1,0 +1,285 @@
+"""From the records of one or more files to the table of samples."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from mmc.extract.sources import columns, splits
+from mmc.extract.sources.base import Part, Samples, SourceOptions
+from mmc.extract.sources.columns import Roles
+from mmc.extract.sources.ids import check_filled, check_unique, find_ids
+from mmc.extract.sources.images import ImageColumn, Located, Where, locate_images
+from mmc.extract.sources.labels import Labels, read_labels, unlabelled
+from mmc.extract.sources.texts import blank_to_null, text_of
+from mmc.store.errors import InputError
+
+RESERVED = frozenset(
+    (
+        *("id", "split", "labels", "text", "image", "image_offset"),
+        *("image_key", "text_key", "size", "mtime_ns", "_source", "_gone"),
+    )
+)
+"""Columns of the samples table; a user's column of that name becomes ``user.<name>``."""
+
+
+def build(spec: str, parts: Sequence[Part], options: SourceOptions) -> Samples:
+    """Give the columns their meaning and join the parts.
+
+    Raises:
+        InputError: see the steps; the message names the file and line.
+    """
+    notes = [note for part in parts for note in part.records.notes]
+    warnings = [warning for part in parts for warning in part.records.warnings]
+    names = {part.records.where: part.records.columns.column_names for part in parts}
+    roles = [
+        columns.recognise(part.records.columns.column_names, options, part.records.where)
+        for part in parts
+    ]
+    columns.check_asked(names, roles, options)
+    header = _header_names(roles)
+    form = _form(parts[0].format, header)
+    notes = [_format_line(parts, form, header), *notes]
+    notes += dict.fromkeys(note for role in roles for note in role.notes)
+
+    def where(row: int) -> str:
+        for part in parts:
+            if row < len(part):
+                return part.where(row)
+            row -= len(part)
+        raise IndexError(row)
+
+    text = _joined([text_of(part, role, options) for part, role in zip(parts, roles, strict=True)])
+    images = _images(parts, roles, text, options)
+    image = _joined(images.columns)
+    ids = find_ids(parts, roles, _joined(images.columns), notes)
+    check_filled(ids, where)
+    split = _splits(parts, roles)
+    labels = _labels(parts, roles, split, options, where)
+    split = _default_split(split, labels, notes)
+    if options.split_by is not None:
+        split = _divided(split, ids, labels, options.split_by, notes)
+    notes += [*images.notes, *labels.notes]
+    warnings += [*images.warnings, *labels.warnings]
+    core = {
+        "id": ids,
+        "split": split,
+        "labels": labels.column,
+        "text": text,
+        "image": image,
+        "image_offset": _whole_numbers(parts, "image_offset"),
+    }
+    check_unique(core, where)
+    if any(_is_format_column(part, "size") for part in parts):
+        core["size"] = _whole_numbers(parts, "size")
+    counts = _counts(core, images.missing)
+    notes.append(_count_line(counts))
+    if options.split_by is None and labels.names and "val" not in counts["splits"]:
+        notes.append("no val split: give --split-by hash:0.9,0.1 to take it from train")
+    source = {
+        "spec": spec,
+        "format": parts[0].format,
+        "form": form,
+        "options": {k: v for k, v in dataclasses.asdict(options).items() if v not in (None, False)},
+        "image_root": images.root,
+        "columns": header,
+        "label_separator": labels.separator,
+        "counts": counts,
+    }
+    return Samples(
+        table=pa.table({**core, **_other_columns(parts, roles, options)}),
+        label_set=labels.names,
+        task=labels.task,
+        source=source,
+        notes=notes,
+        warnings=warnings,
+    )
+
+
+def _joined(arrays: Sequence[pa.ChunkedArray]) -> pa.ChunkedArray:
+    return pa.chunked_array([chunk for array in arrays for chunk in array.chunks], arrays[0].type)
+
+
+def _header_names(roles: Sequence[Roles]) -> dict[str, str | None]:
+    """The header name of each role, from the first table that has it."""
+    return {
+        role: next((getattr(one, role) for one in roles if getattr(one, role)), None)
+        for role in columns.ROLES
+    }
+
+
+def _form(format_name: str, header: dict[str, str | None]) -> str:
+    """Which well-known form the columns make: what `--format auto` of predictions goes by."""
+    if format_name == "csv" and header["id"] and columns.plain(header["id"]) == "imageid":
+        return "kaggle"
+    if format_name == "jsonl" and (header["id"], header["image"]) == ("id", "img"):
+        return "hateful-memes"
+    return "table"
+
+
+def _format_line(parts: Sequence[Part], form: str, header: dict[str, str | None]) -> str:
+    kinds = dict.fromkeys(part.records.description for part in parts)
+    named = {"kaggle": "Kaggle ", "hateful-memes": "hateful-memes "}.get(form, "")
+    used: dict[str, list[str]] = {}
+    for role, name in header.items():
+        if name is not None:
+            used.setdefault(name, []).append(role)
+    shown = "; ".join(f"{' and '.join(roles)} from {name}" for name, roles in used.items())
+    return f"format: {named}{' and '.join(kinds)} ({shown})"
+
+
+def _images(
+    parts: Sequence[Part], roles: Sequence[Roles], text: pa.ChunkedArray, options: SourceOptions
+) -> Located:
+    given = [
+        None
+        if role.image is None
+        else ImageColumn(
+            values=blank_to_null(part.column(role.image)),
+            folder=part.records.folder,
+            sure=role.sure_image,
+            where=part.where,
+        )
+        for part, role in zip(parts, roles, strict=True)
+    ]
+    has_text = text.null_count < len(text)
+    return locate_images(given, [len(part) for part in parts], has_text, options)
+
+
+def _splits(parts: Sequence[Part], roles: Sequence[Roles]) -> NDArray[np.object_]:
+    """(N,) split names; "" where nothing is said."""
+    result = []
+    for part, role in zip(parts, roles, strict=True):
+        if role.split is None:
+            result.append(np.full(len(part), part.split or "", object))
+            continue
+        cells = part.column(role.split).combine_chunks().dictionary_encode()
+        names = [splits.normalise(name) for name in cells.dictionary.to_pylist()] + [""]
+        codes = pc.fill_null(cells.indices, -1).to_numpy()
+        result.append(np.array(names, object)[codes])
+    return np.concatenate(result)
+
+
+def _labels(
+    parts: Sequence[Part],
+    roles: Sequence[Roles],
+    split: NDArray[np.object_],
+    options: SourceOptions,
+    where: Where,
+) -> Labels:
+    if all(role.labels is None for role in roles):
+        if options.task is not None:
+            raise InputError(f"task {options.task} was asked for and the source has no labels")
+        return unlabelled(len(split))
+    cells = _joined([part.column(role.labels) for part, role in zip(parts, roles, strict=True)])
+    files = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    _, split_codes = np.unique(split.astype(str), return_inverse=True)
+    return read_labels(
+        cells,
+        split_codes * len(parts) + files,
+        separator=options.label_separator,
+        task=options.task,
+        where=where,
+    )
+
+
+def _default_split(
+    split: NDArray[np.object_], labels: Labels, notes: list[str]
+) -> NDArray[np.object_]:
+    if (split != "").any():
+        return split
+    name = "train" if labels.names else "test"
+    why = "has labels" if labels.names else "has no labels"
+    notes.append(f"split: nothing says train, val or test, and it {why}: all rows are {name}")
+    return np.full(len(split), name, object)
+
+
+def _divided(
+    split: NDArray[np.object_],
+    ids: pa.ChunkedArray,
+    labels: Labels,
+    split_by: str,
+    notes: list[str],
+) -> NDArray[np.object_]:
+    """``split`` with the rows of train (and of no split) divided."""
+    method, shares = splits.parse_split_by(split_by)
+    rows = np.flatnonzero((split == "train") | (split == ""))
+    take = pa.array(rows)
+    if method == "hash":
+        parts = splits.by_hash(ids.take(take).to_pylist(), shares)
+    else:
+        parts = splits.stratified(
+            [cell or [] for cell in labels.column.take(take).to_pylist()], shares
+        )
+    result = split.copy()
+    result[rows] = np.array(splits.SPLITS, object)[parts]
+    notes.append(f"split: {len(rows)} train rows divided by {split_by}")
+    return result
+
+
+def _whole_numbers(parts: Sequence[Part], name: str) -> pa.ChunkedArray:
+    """An int64 column that a format may give; text columns of that name are the user's own."""
+    return _joined(
+        [
+            part.records.columns[name]
+            if _is_format_column(part, name)
+            else pa.chunked_array([pa.nulls(len(part), pa.int64())])
+            for part in parts
+        ]
+    )
+
+
+def _is_format_column(part: Part, name: str) -> bool:
+    table = part.records.columns
+    return (
+        name in ("image_offset", "size")
+        and name in table.column_names
+        and table.schema.field(name).type == pa.int64()
+    )
+
+
+def _other_columns(
+    parts: Sequence[Part], roles: Sequence[Roles], options: SourceOptions
+) -> dict[str, pa.ChunkedArray]:
+    """The user's columns that have no role, null where a table lacks one."""
+    wanted: dict[str, list[pa.ChunkedArray]] = {}
+    for part, role in zip(parts, roles, strict=True):
+        used = {name for key, name in role.header_names().items() if key != "text"}
+        if options.text_template is None:
+            used.add(role.text)
+        for name in part.records.columns.column_names:
+            if name not in used and not _is_format_column(part, name):
+                wanted.setdefault(name, [])
+    for name, arrays in wanted.items():
+        arrays += [
+            part.column(name if name in part.records.columns.column_names else None)
+            for part in parts
+        ]
+    return {
+        f"user.{name}" if name in RESERVED else name: _joined(arrays)
+        for name, arrays in wanted.items()
+    }
+
+
+def _counts(core: dict[str, Any], missing: int) -> dict[str, Any]:
+    names, numbers = np.unique(core["split"].astype(str), return_counts=True)
+    return {
+        "samples": len(core["id"]),
+        "images": len(core["image"]) - core["image"].null_count,
+        "missing_images": missing,
+        "texts": len(core["text"]) - core["text"].null_count,
+        "labelled": len(core["labels"]) - core["labels"].null_count,
+        "splits": dict(zip(names.tolist(), numbers.tolist(), strict=True)),
+    }
+
+
+def _count_line(counts: dict[str, Any]) -> str:
+    divided = ", ".join(f"{name or 'no split'} {count}" for name, count in counts["splits"].items())
+    return (
+        f"{counts['samples']} samples ({divided}); {counts['images']} with an image,"
+        f" {counts['texts']} with a text, {counts['labelled']} labelled"
+    )

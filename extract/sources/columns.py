@@ -1,0 +1,152 @@
+"""Which column is the id, the image, the text, the labels, the split: by name, or as told."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mmc.extract.sources.base import NO_COLUMN, SourceOptions
+from mmc.store.errors import InputError
+
+ROLES = ("id", "image", "text", "labels", "split")
+
+# In order of preference; compared without case, spaces, `_`, `-` and `.`.
+_KNOWN: dict[str, tuple[str, ...]] = {
+    "id": (
+        *("id", "sampleid", "uid", "uuid", "guid", "key", "imdbid", "tweetid", "itemid", "rowid"),
+        *("imageid", "imgid"),
+    ),
+    "image": (
+        *("image", "img", "imagepath", "imgpath", "imagefile", "imgfile", "imagename", "imgname"),
+        *("imagefilename", "filename", "filepath", "file", "path", "picture", "photo"),
+        *("imageid", "imgid"),
+    ),
+    "text": (
+        *("text", "caption", "captions", "sentence", "overview", "description", "plot", "content"),
+        *("body", "tweet", "tweettext", "review", "comment", "message", "summary", "title"),
+    ),
+    "labels": (
+        *("labels", "label", "genres", "genre", "categories", "category", "classes", "class"),
+        *("classname", "labelnames", "labelname", "targets", "target", "tags", "tag"),
+    ),
+    "split": ("split", "subset", "partition"),
+}
+_OPTION = {
+    "id": "id_column",
+    "image": "image_column",
+    "text": "text_column",
+    "labels": "label_column",
+    "split": "split_column",
+}
+_IMAGE_IDS = ("imageid", "imgid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """The header name of each role; null = the table has no such column."""
+
+    id: str | None = None
+    image: str | None = None
+    text: str | None = None
+    labels: str | None = None
+    split: str | None = None
+    sure_image: bool = False
+    """The image column was named by the user, or by a header that can mean nothing else."""
+    notes: tuple[str, ...] = field(default=())
+
+    def header_names(self) -> dict[str, str | None]:
+        """{role: header name}."""
+        return {role: getattr(self, role) for role in ROLES}
+
+
+def plain(name: str) -> str:
+    """A header name without case, spaces and punctuation between words."""
+    return re.sub(r"[\s_.-]+", "", name.lower())
+
+
+def find_column(names: Sequence[str], wanted: str) -> str | None:
+    """The header called ``wanted``; without case and outer spaces when that is unambiguous."""
+    if wanted in names:
+        return wanted
+    alike = [name for name in names if name.strip().lower() == wanted.strip().lower()]
+    return alike[0] if len(alike) == 1 else None
+
+
+def missing_column(where: str, wanted: str, names: Sequence[str], option: str) -> InputError:
+    """The error for a column that is asked for and not there."""
+    return InputError(
+        f"{where} has no column {wanted!r} (--{option.replace('_', '-')}); it has: "
+        + ", ".join(names)
+    )
+
+
+def recognise(names: Sequence[str], options: SourceOptions, where: str) -> Roles:
+    """The role of each column of one table; columns named by ``options`` may be missing.
+
+    Raises:
+        InputError: neither an image nor a text column.
+    """
+    found: dict[str, str | None] = {}
+    notes: list[str] = []
+    for role in ROLES:
+        asked = getattr(options, _OPTION[role])
+        if asked == NO_COLUMN:
+            found[role] = None
+        elif asked is not None:
+            found[role] = find_column(names, asked)
+        else:
+            found[role], others = _by_name(names, _KNOWN[role])
+            if others:
+                notes.append(
+                    f"{role}: from column {found[role]!r}, not {', '.join(map(repr, others))};"
+                    f" choose with --{_OPTION[role].replace('_', '-')}"
+                )
+    if options.image_column is None and found["image"] is None and options.image_root is not None:
+        # A folder of images was given, so something names them: the id, as in <imdbId>.jpg.
+        found["image"] = found["id"]
+    image = found["image"]
+    if image is None and found["text"] is None and options.text_template is None:
+        for option in ("image_column", "text_column"):
+            asked = getattr(options, option)
+            if asked not in (None, NO_COLUMN):
+                raise missing_column(where, asked, names, option)
+        raise InputError(
+            f"{where}: no column for images or texts among {', '.join(map(repr, names))}; name them"
+            " with --image-column and --text-column (is the header line missing?)"
+        )
+    sure = image is not None and (
+        options.image_column is not None
+        or options.image_root is not None
+        or plain(image) not in _IMAGE_IDS
+    )
+    return Roles(**found, sure_image=sure, notes=tuple(notes))
+
+
+def _by_name(names: Sequence[str], known: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The preferred column and the others that would do; image ids are no rivals of anything."""
+    ranked = sorted(
+        (name for name in names if plain(name) in known), key=lambda name: known.index(plain(name))
+    )
+    others = [name for name in ranked[1:] if plain(name) not in _IMAGE_IDS]
+    return (ranked[0] if ranked else None), others
+
+
+def check_asked(
+    names_by_file: dict[str, Sequence[str]], roles: Sequence[Roles], options: SourceOptions
+) -> None:
+    """Columns that the options name must exist: labels and split in one file, the others in all.
+
+    Raises:
+        InputError: a column is not there; the message lists those that are.
+    """
+    for role in ROLES:
+        asked = getattr(options, _OPTION[role])
+        if asked in (None, NO_COLUMN):
+            continue
+        lacking = [
+            where
+            for where, found in zip(names_by_file, roles, strict=True)
+            if getattr(found, role) is None
+        ]
+        enough = len(lacking) < len(roles) if role in ("labels", "split") else not lacking
+        if not enough:
+            raise missing_column(lacking[0], asked, names_by_file[lacking[0]], _OPTION[role])

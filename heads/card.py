@@ -1,0 +1,249 @@
+"""The model card (README.md) of a run: how good, on what, how to use it, what to beware of."""
+
+import json
+import math
+import shlex
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmc.heads.artifact import Run
+
+# Rows of the per-label tables: the best and the worst.
+SHOWN = 10
+_METRICS = {
+    "multilabel": (
+        ("mAP", "mAP"),
+        ("random_mAP", "mAP of a random ranking"),
+        ("micro_f1", "micro-F1"),
+        ("macro_f1", "macro-F1"),
+        ("samples_f1", "samples-F1"),
+        ("auroc_macro", "AUROC (mean over labels)"),
+        ("hamming_loss", "Hamming loss"),
+        ("subset_accuracy", "subset accuracy"),
+        ("cardinality_true", "labels per sample, true"),
+        ("cardinality_predicted", "labels per sample, predicted"),
+        ("ece", "calibration error (ECE)"),
+        ("ece_above_0.1", "ECE of probabilities above 0.1"),
+    ),
+    "binary": (
+        ("auroc", "AUROC"),
+        ("auroc_interval", "AUROC, 95 % interval"),
+        ("ap", "average precision"),
+        ("accuracy", "accuracy"),
+        ("majority_accuracy", "accuracy of always the larger class"),
+        ("macro_f1", "macro-F1"),
+        ("f1", "F1 of the positive class"),
+        ("log_loss", "log loss"),
+        ("ece", "calibration error (ECE)"),
+        ("brier", "Brier score"),
+    ),
+    "multiclass": (
+        ("accuracy", "accuracy"),
+        ("majority_accuracy", "accuracy of always the largest class"),
+        ("top5_accuracy", "top-5 accuracy"),
+        ("macro_f1", "macro-F1"),
+        ("balanced_accuracy", "balanced accuracy"),
+        ("log_loss", "log loss"),
+        ("ece", "calibration error (ECE)"),
+    ),
+}
+
+
+def summary_rows(task: str, by_split: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Lines of the headline table: (metric name, value per split ...), undefined ones left out."""
+    rows: list[tuple[str, ...]] = [
+        ("samples", *(str(metrics["samples"]) for metrics in by_split.values()))
+    ]
+    for key, name in _METRICS[task]:
+        values = [metrics.get(key) for metrics in by_split.values()]
+        if any(value is not None for value in values):
+            rows.append((name, *map(shown, values)))
+    return rows
+
+
+def shown(value: Any) -> str:
+    """A metric as text: four digits, an interval as "low to high", "-" when undefined."""
+    if isinstance(value, list):
+        return " to ".join(shown(item) for item in value)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def ranked_labels(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Per-label rows of a metrics dictionary, best first (by AP, or F1 where there is no AP)."""
+    table = metrics["per_label"]
+    rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
+    key = "ap" if "ap" in table else "f1"
+    defined = [row for row in rows if row["positives"] > 0]
+    return sorted(defined, key=lambda row: (-(row[key] or 0.0), row["label"]))
+
+
+def render(run: "Run") -> str:
+    """The card as Markdown."""
+    parts = [
+        _head(run),
+        _quality(run),
+        _per_label(run),
+        _data(run),
+        _use(run),
+        _decisions(run),
+        _limits(run),
+        _made_with(run),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _head(run: "Run") -> str:
+    name = run.path.name if run.path else "run"
+    inputs = ", ".join(
+        f"`{ref.feature}`" if role == ref.field else f"`{ref.feature}` as {role}"
+        for role, ref in run.features.items()
+    )
+    return (
+        f"# {name}\n\n"
+        f"A `{run.head}` head for a {run.task} task with {len(run.label_set)} labels, on frozen "
+        f"features: {inputs}. {run.parameters:,} numbers, loss `{run.loss}`, seed {run.seed}."
+    )
+
+
+def _quality(run: "Run") -> str:
+    if not run.metrics:
+        return "## How good\n\nNot measured: the store had no labelled validation or test rows."
+    rows = summary_rows(run.task, run.metrics)
+    note = (
+        "Thresholds and the best epoch were chosen on `val`, so its figures are optimistic; "
+        "nothing was chosen on `test`."
+        if "test" in run.metrics
+        else "Thresholds and the best epoch were chosen on `val`, so these figures are optimistic."
+    )
+    return f"## How good\n\n{_table(('metric', *run.metrics), rows)}\n\n{note}"
+
+
+def _per_label(run: "Run") -> str:
+    split = "test" if "test" in run.metrics else "val"
+    if split not in run.metrics:
+        return ""
+    rows = ranked_labels(run.metrics[split])
+    wanted = ("label", "positives", "ap", "f1", "precision", "recall", "threshold")
+    columns = [c for c in wanted if rows and c in rows[0]]
+    best, worst = rows[:SHOWN], rows[SHOWN:][-SHOWN:]
+    text = f"### Labels on `{split}`, best first\n\n{_label_table(best, columns)}"
+    hidden = len(rows) - len(best) - len(worst)
+    if worst:
+        between = f"{hidden} more between these and the lowest" if hidden else "The lowest"
+        text += f"\n\n{between}:\n\n{_label_table(worst, columns)}"
+    without = len(run.label_set) - len(rows)
+    return text + (f"\n\nWithout any sample in `{split}`: {without}." if without else "")
+
+
+def _label_table(rows: list[dict[str, Any]], columns: list[str]) -> str:
+    return _table(tuple(columns), [tuple(shown(row[c]) for c in columns) for row in rows])
+
+
+def _data(run: "Run") -> str:
+    lines = ["## On what", ""]
+    if run.source.get("spec"):
+        lines.append(f"- source: `{run.source['spec']}`")
+    if run.source.get("format"):
+        lines.append(f"- format: {run.source['format']}")
+    for split, metrics in run.metrics.items():
+        lines.append(f"- {split}: {metrics['samples']:,} labelled samples")
+    for entry in run.recipe():
+        spec = entry["context"].get("spec", "unknown backbone")
+        fields = ", ".join(f"`{entry['alias']}/{name}`" for name in entry["fields"])
+        lines.append(f"- {fields}: `{spec}`, fingerprint `{entry['fingerprint']}`")
+    return "\n".join(lines)
+
+
+def _use(run: "Run") -> str:
+    path = shlex.quote(run.path.name) if run.path else "RUN"
+    return f"""## How to use it
+
+From the folder that holds this one:
+
+```sh
+mmc predict {path} new_samples.csv --out predictions.csv   # images and texts: extracts first
+mmc predict {path} my.store --split test --out predictions.csv --scores
+mmc evaluate {path} my.store --split test
+```
+
+```python
+from mmc.heads.artifact import Run
+from mmc.heads.predict import predict
+from mmc.store import EmbeddingStore
+
+run = Run.load({json.dumps(run.path.name if run.path else "RUN")})
+store = EmbeddingStore.open("my.store")
+predictions = predict(run, store, store.rows(split="test"))
+```"""
+
+
+def _decisions(run: "Run") -> str:
+    thresholds = run.thresholds
+    if thresholds.mode == "argmax":
+        return "## Decisions\n\nThe class with the highest probability."
+    low, high = min(thresholds.values), max(thresholds.values)
+    span = f"{low:.3f}" if low == high else f"{low:.3f} to {high:.3f}"
+    what = {
+        "default": "0.5",
+        "global": f"{span}, the same for every label",
+        "per_label": f"the label's own threshold ({span})",
+    }[thresholds.mode]
+    given = "A label is given when its probability"
+    if run.task == "binary":
+        what = span
+        given = f"`{run.label_set[1]}` is given when its probability"
+    text = f"## Decisions\n\n{given} reaches {what}."
+    if thresholds.objective:
+        values = ", ".join(f"{mode} {value:.4f}" for mode, value in thresholds.held_out.items())
+        text += (
+            f" Chosen on `val` for {thresholds.objective}-F1, by its value on rows that the "
+            f"thresholds were not fitted on: {values}."
+        )
+    return text
+
+
+def _limits(run: "Run") -> str:
+    lines = [
+        "## Limits",
+        "",
+        "- It reads only features with the fingerprints above, and refuses others.",
+        "- It knows only the labels of its label set, in the sense that the training data gave "
+        "them; data from elsewhere can look different, and the figures above do not cover that.",
+    ]
+    split = run.metrics.get("test") or run.metrics.get("val") or {}
+    if (split.get("samples") or math.inf) < 1000:
+        lines.append(
+            f"- The figures rest on {split['samples']} samples; differences of a few points are "
+            "within chance."
+        )
+    ece = split.get("ece_above_0.1", split.get("ece"))
+    if ece is not None and ece > 0.05:
+        lines.append(
+            f"- Probabilities are off by {ece:.2f} on average; rank with them rather than "
+            "reading them as chances."
+        )
+    return "\n".join(lines)
+
+
+def _made_with(run: "Run") -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
+    settings = json.dumps(run.train_config, sort_keys=True, default=str)
+    head = json.dumps(run.head_config, sort_keys=True, default=str)
+    return (
+        f"## Made with\n\n{run.created}; {versions}.\n\n"
+        f"Head settings: `{head}`\n\nTraining settings: `{settings}`"
+    )
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table; the first column is text, the others right-aligned."""
+    lines = [header, ("---", *("---:" for _ in header[1:])), *rows]
+    return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Text that cannot break a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")

@@ -1,0 +1,285 @@
+"""The training loop: stages, epochs, validation, early stopping, checkpoints.
+
+Legend: B samples in a batch, n validation rows, C labels.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmc.heads import metrics
+from mmc.heads.batches import ResidentBatches, dropout_seed
+from mmc.heads.checkpoints import Checkpoints, pack_optimizer, unpack_optimizer
+from mmc.heads.losses.base import Loss
+from mmc.heads.models.base import Batch, Head, Stage
+from mmc.heads.optim import Average, lr_factor, make_optimizer, set_lr, trained_parameters
+from mmc.heads.options import OptimConfig
+
+ROUND_STEPS = 50
+"""Least steps between validations: a set of 48 rows is not validated after every second step."""
+DEFAULT_EPOCHS, DEFAULT_STEPS = 30, 3000
+"""Default length of a stage: so many epochs, and more until there are so many steps."""
+VALIDATION_ROWS = 8192
+"""Validated at a time."""
+TIE = 1e-6
+
+State = dict[str, Tensor]
+OnRound = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Position:
+    """How far a training is; JSON-able, kept in the checkpoint."""
+
+    stage: int = 0
+    epoch: int = 0
+    """Epochs of the stage that are done."""
+    best_metric: float = -math.inf
+    best_loss: float = math.inf
+    best_epoch: int = 0
+    rounds_since: int = 0
+    """Validations since the best one."""
+    train_seconds: float = 0.0
+    train_rows: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def improves(self, metric: float, loss: float) -> bool:
+        """Whether this validation is the best of the stage; an undefined metric is a tie."""
+        if math.isnan(metric) or abs(metric - self.best_metric) <= TIE:
+            return loss < self.best_loss
+        return metric > self.best_metric
+
+    def next_stage(self) -> None:
+        """Start the next stage with a clean record."""
+        self.stage += 1
+        self.epoch = self.best_epoch = self.rounds_since = 0
+        self.best_metric, self.best_loss = -math.inf, math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Prepared inputs and targets, resident on the device."""
+
+    inputs: Batch
+    targets: Tensor
+    """int8 (n, C) for multilabel, else int64 (n,)."""
+
+
+class Engine:
+    """Trains the stages of one head on resident data.
+
+    The head ends with the best parameters of the last stage. Stopped at any point and run again
+    on the same data from its checkpoint, it ends with the same bits.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        loss: Loss,
+        *,
+        train: Data,
+        val: Data,
+        task: str,
+        batch_size: int,
+        epochs: int | None,
+        lr: float,
+        optim: OptimConfig,
+        seed: int,
+        dtype: torch.dtype,
+        checkpoints: Checkpoints | None = None,
+        on_round: OnRound | None = None,
+    ) -> None:
+        self.head, self.loss = head, loss
+        self.train, self.val, self.task = train, val, task
+        self.batch_size, self.lr, self.optim, self.seed = batch_size, lr, optim, seed
+        self.dtype = dtype
+        self.device = train.targets.device
+        self.steps = -(-len(train.targets) // min(batch_size, len(train.targets)))
+        self.epochs = epochs or max(DEFAULT_EPOCHS, -(-DEFAULT_STEPS // self.steps))
+        self.epochs_per_round = -(-ROUND_STEPS // self.steps)
+        self.metric = optim.metric or metrics.HEADLINE[task]
+        self.checkpoints, self.on_round = checkpoints, on_round
+        self.position = Position()
+        self._saved_at = time.monotonic()
+
+    def run(self) -> Position:
+        """Train every stage, from the checkpoint if there is one."""
+        found = self.checkpoints.load() if self.checkpoints else None
+        tensors: State = {}
+        if found:
+            tensors, record = found
+            self.position = Position(**record)
+            self.head.load_state_dict(_part(tensors, "head"))
+        stages = self.head.stages()
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            for index in range(self.position.stage, len(stages)):
+                self._run_stage(stages[index], tensors)
+                tensors = {}
+                self.position.next_stage()
+        self.head.eval().requires_grad_(False)
+        return self.position
+
+    def _run_stage(self, stage: Stage, resumed: State) -> None:
+        """Train one stage until it stops improving; leaves its best parameters in the head."""
+        groups = trained_parameters(self.head, stage.trains)
+        parameters = [p for named in groups.values() for p in named.values()]
+        optimizer = make_optimizer(groups, self.optim)
+        average = Average(parameters, self.optim.ema) if self.optim.ema else None
+        best: State = {}
+        if resumed:
+            unpack_optimizer(optimizer, _part(resumed, "optim"))
+            best = _to(_part(resumed, "best"), self.device)
+            if average:
+                average.values = list(_to(_part(resumed, "average"), self.device).values())
+        batches = ResidentBatches(
+            self.train.inputs,
+            self.train.targets,
+            self.batch_size,
+            seed=self.seed,
+            reads=stage.reads,
+        )
+        at = self.position
+        patience = self.optim.patience or math.inf
+        while at.epoch < self.epochs and at.rounds_since < patience:
+            until = min(at.epoch + self.epochs_per_round, self.epochs)
+            started = time.perf_counter()
+            train_loss = self._run_epochs(stage, batches, optimizer, parameters, average, until)
+            at.train_seconds += time.perf_counter() - started
+            at.train_rows += len(self.train.targets) * (until - at.epoch)
+            at.epoch = until
+            if average:
+                average.swap()
+            metric, val_loss = self._validate(stage)
+            if at.improves(metric, val_loss):
+                at.best_metric = -math.inf if math.isnan(metric) else metric
+                at.best_loss, at.best_epoch, at.rounds_since = val_loss, at.epoch, 0
+                best = {key: value.clone() for key, value in self.head.state_dict().items()}
+            else:
+                at.rounds_since += 1
+            if average:
+                average.swap()
+            self._note(stage, optimizer, train_loss, metric, val_loss)
+            self._checkpoint(optimizer, best, average)
+        if best:
+            self.head.load_state_dict(best)
+
+    def _run_epochs(
+        self,
+        stage: Stage,
+        batches: ResidentBatches,
+        optimizer: torch.optim.Optimizer,
+        parameters: list[torch.nn.Parameter],
+        average: Average | None,
+        until: int,
+    ) -> float:
+        """Train up to epoch ``until``; the mean loss of the steps."""
+        score = stage.score or self.head.score
+        total = torch.zeros((), device=self.device)
+        bf16 = self.dtype == torch.bfloat16
+        rows = 0
+        for epoch in range(self.position.epoch, until):
+            torch.manual_seed(dropout_seed(self.seed, self.position.stage, epoch))
+            step = epoch * self.steps
+            for batch, targets in batches.epoch(self.position.stage, epoch):
+                factor = lr_factor(step, self.epochs * self.steps, self.optim)
+                set_lr(optimizer, self.lr * factor)
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                    logits = score(batch)
+                loss = self.loss(logits, targets)
+                loss.backward()
+                if self.optim.clip_norm:
+                    torch.nn.utils.clip_grad_norm_(parameters, self.optim.clip_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                step += 1
+                if average:
+                    average.update(step)
+                total += loss.detach() * len(targets)
+                rows += len(targets)
+        return float(total) / rows
+
+    @torch.no_grad()
+    def _validate(self, stage: Stage) -> tuple[float, float]:
+        """Metric (NaN where undefined) and loss on the validation rows, in float32."""
+        training = [module for module in self.head.modules() if module.training]
+        self.head.eval()
+        logits = score_all(stage.score or self.head.score, self.val.inputs)
+        for module in training:
+            module.training = True
+        targets = self.val.targets
+        loss = self.loss(logits, targets.float() if targets.ndim == 2 else targets)
+        return metrics.score(logits, targets, self.task, self.metric), float(loss)
+
+    def _note(
+        self,
+        stage: Stage,
+        optimizer: torch.optim.Optimizer,
+        train_loss: float,
+        metric: float,
+        val_loss: float,
+    ) -> None:
+        """Add a row to the history and tell the listener."""
+        at = self.position
+        row = {
+            "stage": stage.name,
+            "epoch": at.epoch,
+            "loss": train_loss,
+            "lr": max(group["lr"] for group in optimizer.param_groups),
+            "val_loss": val_loss,
+            f"val_{self.metric}": None if math.isnan(metric) else metric,
+            "best": at.rounds_since == 0,
+            "seconds": round(at.train_seconds, 4),
+        }
+        at.history.append(row)
+        if self.on_round:
+            self.on_round({**row, "epochs": self.epochs})
+
+    def _checkpoint(
+        self, optimizer: torch.optim.Optimizer, best: State, average: Average | None
+    ) -> None:
+        """Save the state if the last checkpoint is old enough."""
+        if not self.checkpoints:
+            return
+        if time.monotonic() - self._saved_at < self.optim.checkpoint_seconds:
+            return
+        parts: dict[str, State] = {
+            "head": self.head.state_dict(),
+            "best": best,
+            "optim": pack_optimizer(optimizer),
+            "average": dict(enumerate_names(average.values)) if average else {},
+        }
+        tensors = {f"{part}.{key}": t for part, state in parts.items() for key, t in state.items()}
+        self.checkpoints.save(tensors, asdict(self.position))
+        self._saved_at = time.monotonic()
+
+
+def score_all(score: Callable[[Batch], Tensor], inputs: Batch) -> Tensor:
+    """Logits float32 (n, C) of prepared inputs, a block of rows at a time."""
+    rows = len(next(iter(inputs.values())))
+    return torch.cat(
+        [
+            score({key: values[i : i + VALIDATION_ROWS] for key, values in inputs.items()}).float()
+            for i in range(0, rows, VALIDATION_ROWS)
+        ]
+    )
+
+
+def enumerate_names(values: list[Tensor]) -> list[tuple[str, Tensor]]:
+    """Sortable names for tensors that have none."""
+    return [(f"{index:06d}", value) for index, value in enumerate(values)]
+
+
+def _part(tensors: State, part: str) -> State:
+    """The tensors of one part of a checkpoint, in their saved order, without the part's name."""
+    prefix = f"{part}."
+    return {k.removeprefix(prefix): tensors[k] for k in sorted(tensors) if k.startswith(prefix)}
+
+
+def _to(tensors: State, device: torch.device) -> State:
+    return {key: value.to(device) for key, value in tensors.items()}

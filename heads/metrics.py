@@ -1,0 +1,385 @@
+"""How good predictions are: one dictionary per task, from logits and targets.
+
+Legend: N rows, C labels. Everything is a fraction in [0, 1] unless its name says otherwise; sums
+are float64; what is not defined (a label without positives, an empty split) is None.
+Equal to scikit-learn where it defines the same thing (``zero_division=0``).
+
+Targets: multilabel int (N, C) in {-1, 0, 1}; binary and multiclass int64 (N,) class indices;
+-1 is unknown and left out.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmc.heads.calibration import BinnedCalibration
+from mmc.heads.ranking import (
+    CHUNK_ENTRIES,
+    Ranking,
+    auroc_interval,
+    micro_auroc,
+    rank_labels,
+    top_k_f1,
+)
+from mmc.heads.thresholds import Thresholds, decide
+from mmc.store.errors import InputError, MmcError
+
+# The metric that early stopping and comparisons use when none is named.
+HEADLINE = {"multilabel": "mAP", "binary": "auroc", "multiclass": "macro_f1"}
+METRICS = {
+    "multilabel": ("mAP", "micro_f1", "macro_f1", "samples_f1"),
+    "binary": ("auroc", "ap", "accuracy", "macro_f1", "f1"),
+    "multiclass": ("macro_f1", "accuracy", "balanced_accuracy"),
+}
+
+
+def probabilities(logits: Tensor, task: str) -> Tensor:
+    """float32 (n, C): sigmoid per label for multilabel, softmax over labels otherwise."""
+    exact = logits.double()
+    return (exact.sigmoid() if task == "multilabel" else exact.softmax(1)).float()
+
+
+def score(logits: Tensor, targets: Tensor, task: str, metric: str | None = None) -> float:
+    """One number for model selection (larger is better), cheaper than `evaluate`.
+
+    Decisions are taken at 0.5. NaN where the metric is not defined on these rows.
+
+    Raises:
+        InputError: the task has no such metric.
+    """
+    metric = metric or HEADLINE[task]
+    if metric not in METRICS[task]:
+        raise InputError(
+            f"no metric {metric!r} for a {task} task; choose from {', '.join(METRICS[task])}"
+        )
+    _require_finite(logits)
+    if task == "multilabel":
+        if metric == "mAP":
+            return _mean(rank_labels(logits, targets).ap)
+        counts = _Decisions(logits, targets, Thresholds.default(task, logits.shape[1]))
+        return counts.f1()[metric]
+    known = targets >= 0
+    logits, targets = logits[known], targets[known]
+    if task == "binary" and metric in ("auroc", "ap"):
+        ranking = _binary_ranking(logits, targets)
+        return float(getattr(ranking, metric))
+    thresholds = Thresholds.default(task, logits.shape[1])
+    predicted = decide(probabilities(logits, task), task, thresholds).int().argmax(1)
+    table = confusion_matrix(predicted, targets, logits.shape[1])
+    return _from_confusion(table, binary=task == "binary")[metric]
+
+
+def evaluate(
+    logits: Tensor,
+    targets: Tensor,
+    task: str,
+    *,
+    label_set: Sequence[str],
+    thresholds: Thresholds | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Every metric of the task as a JSON-able dictionary.
+
+    Args:
+        logits: float32 or float64 (N, C), on any device; half precision is refused because
+            rounded scores tie.
+        targets: see the module's docstring.
+        thresholds: 0.5 (arg-max for multiclass) by default.
+        seed: of the bootstrap interval of a binary AUROC.
+
+    Raises:
+        MmcError: logits that are not finite.
+    """
+    if logits.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"metrics need float32 logits, got {logits.dtype}")
+    if logits.shape[1] != len(label_set):
+        raise ValueError(f"logits have {logits.shape[1]} columns for {len(label_set)} labels")
+    _require_finite(logits)
+    thresholds = thresholds or Thresholds.default(task, len(label_set))
+    if task == "multilabel":
+        result = _multilabel(logits, targets, thresholds, label_set)
+    else:
+        known = targets >= 0
+        result = {"samples": int(known.sum()), "unknown": int((~known).sum())}
+        logits, targets = logits[known], targets[known]
+        if task == "binary":
+            result |= _binary(logits, targets, thresholds, label_set, seed)
+        else:
+            result |= _multiclass(logits, targets, label_set)
+    plain: dict[str, Any] = _plain({"task": task, **result})
+    return plain
+
+
+def confusion_matrix(predicted: Tensor, targets: Tensor, num_classes: int) -> Tensor:
+    """Counts int64 (C, C): row = true class, column = predicted class, from int64 (N,) indices."""
+    index = targets.long() * num_classes + predicted.long()
+    return torch.bincount(index, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+# -- multilabel ------------------------------------------------------------------------------------
+
+
+class _Decisions:
+    """Counts of decisions against truth, gathered over blocks of rows.
+
+    Rows without a known entry are left out; unknown entries count as neither predicted nor true.
+    """
+
+    def __init__(self, logits: Tensor, targets: Tensor, thresholds: Thresholds) -> None:
+        n, num_labels = logits.shape
+        zeros = torch.zeros(num_labels, dtype=torch.float64, device=logits.device)
+        self.tp, self.predicted, self.true = zeros.clone(), zeros.clone(), zeros.clone()
+        self.samples = self.known = self.unknown = 0
+        self.exact = self.empty = self.samples_sum = self.wrong = 0.0
+        self.calibration = BinnedCalibration(num_labels, logits.device)
+        step = max(1, CHUNK_ENTRIES // num_labels)
+        for i in range(0, n, step):
+            self._add(logits[i : i + step], targets[i : i + step], thresholds)
+
+    def _add(self, logits: Tensor, targets: Tensor, thresholds: Thresholds) -> None:
+        rows = (targets >= 0).any(1)
+        logits, targets = logits[rows], targets[rows]
+        known, yes = targets >= 0, targets == 1
+        p = probabilities(logits, "multilabel")
+        chosen = decide(p, "multilabel", thresholds) & known
+        both = (chosen & yes).sum(1).double()
+        size = (chosen.sum(1) + yes.sum(1)).double()
+        self.tp += (chosen & yes).sum(0)
+        self.predicted += chosen.sum(0)
+        self.true += yes.sum(0)
+        self.samples += len(logits)
+        self.unknown += int((~rows).sum())
+        self.known += int(known.sum())
+        self.samples_sum += float((2 * both / size.clamp(min=1)).sum())
+        self.empty += float((size == 0).sum())
+        self.exact += float((2 * both == size).sum())
+        self.wrong += float((chosen ^ yes).sum())
+        self.calibration.add(p, yes, known)
+
+    def f1(self) -> dict[str, float]:
+        """micro, macro, weighted and samples F1 (an empty class or row counts 0)."""
+        per_label = self.per_label_f1()
+        total = float(self.true.sum())
+        return {
+            "micro_f1": _ratio(2 * self.tp.sum(), self.predicted.sum() + self.true.sum()),
+            "macro_f1": _mean(per_label),
+            "weighted_f1": _ratio((per_label * self.true).sum(), total),
+            "samples_f1": self.samples_sum / self.samples if self.samples else math.nan,
+        }
+
+    def per_label_f1(self) -> Tensor:
+        """F1 of every label, float64 (C,)."""
+        return 2 * self.tp / (self.predicted + self.true).clamp(min=1)
+
+    def averaged(self) -> dict[str, float]:
+        """Per-class (C) and overall (O) precision, recall and F1 as multi-label papers report them.
+
+        CF1 is the F1 of the averaged precision and recall, which is not the macro-F1. Classes
+        without positives are left out of the averages.
+        """
+        with_true = self.true > 0
+        cp = _mean((self.tp / self.predicted.clamp(min=1))[with_true])
+        cr = _mean((self.tp / self.true.clamp(min=1))[with_true])
+        op = _ratio(self.tp.sum(), self.predicted.sum())
+        recall = _ratio(self.tp.sum(), self.true.sum())
+        return {
+            "CP": cp,
+            "CR": cr,
+            "CF1": _ratio(2 * cp * cr, cp + cr),
+            "OP": op,
+            "OR": recall,
+            "OF1": _ratio(2 * op * recall, op + recall),
+        }
+
+
+def _multilabel(
+    logits: Tensor, targets: Tensor, thresholds: Thresholds, label_set: Sequence[str]
+) -> dict[str, Any]:
+    ranking = rank_labels(logits, targets)
+    counts = _Decisions(logits, targets, thresholds)
+    rows = max(counts.samples, 1)
+    return {
+        "samples": counts.samples,
+        "unknown": counts.unknown,
+        "labels": len(label_set),
+        "labels_evaluated": int((ranking.positives > 0).sum()),
+        "mAP": _mean(ranking.ap),
+        "random_mAP": _mean((ranking.positives / ranking.known)[ranking.positives > 0]),
+        **counts.f1(),
+        **counts.averaged(),
+        "auroc_macro": _mean(ranking.auroc),
+        "auroc_micro": micro_auroc(logits, targets),
+        "auroc_labels": int((~ranking.auroc.isnan()).sum()),
+        "subset_accuracy": counts.exact / rows,
+        "hamming_loss": counts.wrong / max(counts.known, 1),
+        "cardinality_true": float(counts.true.sum()) / rows,
+        "cardinality_predicted": float(counts.predicted.sum()) / rows,
+        "empty_both": int(counts.empty),
+        "top_k": {str(k): top_k_f1(logits, targets, k) for k in (3, 5) if k < len(label_set)},
+        **counts.calibration.result(),
+        "per_label": _label_table(ranking, counts, thresholds, label_set),
+    }
+
+
+def _label_table(
+    ranking: Ranking, counts: _Decisions, thresholds: Thresholds, label_set: Sequence[str]
+) -> dict[str, list[Any]]:
+    """Columns with one value per label, in the label set's order."""
+    return {
+        "label": list(label_set),
+        "positives": [int(x) for x in ranking.positives],
+        "predicted": [int(x) for x in counts.predicted],
+        "ap": ranking.ap.tolist(),
+        "auroc": ranking.auroc.tolist(),
+        "f1": counts.per_label_f1().tolist(),
+        "precision": (counts.tp / counts.predicted).tolist(),
+        "recall": (counts.tp / counts.true).tolist(),
+        "threshold": list(thresholds.values),
+    }
+
+
+# -- one label per sample --------------------------------------------------------------------------
+
+
+def _binary_ranking(logits: Tensor, targets: Tensor) -> Ranking:
+    """Ranking of the second class; the difference of logits ties less than the probability."""
+    margin = logits[:, 1].double() - logits[:, 0].double()
+    return rank_labels(margin[:, None], targets[:, None].to(torch.int8))
+
+
+def _binary(
+    logits: Tensor,
+    targets: Tensor,
+    thresholds: Thresholds,
+    label_set: Sequence[str],
+    seed: int,
+) -> dict[str, Any]:
+    ranking = _binary_ranking(logits, targets)
+    p = probabilities(logits, "binary")
+    chosen = decide(p, "binary", thresholds)[:, 1]
+    table = confusion_matrix(chosen, targets, 2)
+    calibration = BinnedCalibration(1, logits.device)
+    yes = (targets == 1)[:, None]
+    calibration.add(p[:, 1:], yes, torch.ones_like(yes))
+    margin = logits[:, 1].double() - logits[:, 0].double()
+    return {
+        "labels": 2,
+        "positive_label": label_set[1],
+        "positives": int(yes.sum()),
+        "auroc": float(ranking.auroc),
+        "auroc_interval": list(auroc_interval(margin, targets, seed=seed)),
+        "ap": float(ranking.ap),
+        **_from_confusion(table, binary=True),
+        "log_loss": _log_loss(logits, targets),
+        **calibration.result(),
+        "threshold": thresholds.values[0],
+        "confusion": table.tolist(),
+        "per_label": _class_table(table, label_set),
+    }
+
+
+def _multiclass(logits: Tensor, targets: Tensor, label_set: Sequence[str]) -> dict[str, Any]:
+    num_classes = len(label_set)
+    p = probabilities(logits, "multiclass")
+    confidence, predicted = p.max(1)
+    table = confusion_matrix(predicted, targets, num_classes)
+    calibration = BinnedCalibration(1, logits.device)
+    right = (predicted == targets)[:, None]
+    calibration.add(confidence[:, None], right, torch.ones_like(right))
+    k = min(5, num_classes)
+    truth = torch.nn.functional.one_hot(targets.long(), num_classes)
+    ranking = rank_labels(p, truth.to(torch.int8))
+    in_top = (logits.topk(k, dim=1).indices == targets[:, None]).any(1)
+    return {
+        "labels": num_classes,
+        **_from_confusion(table, binary=False),
+        "top5_accuracy": _mean(in_top.double()) if num_classes > 5 else None,
+        "mAP": _mean(ranking.ap),
+        "auroc_macro": _mean(ranking.auroc),
+        "log_loss": _log_loss(logits, targets),
+        "ece": calibration.result()["ece"],
+        "brier": _mean((p.double() - truth).square().sum(1)),
+        "confusion": table.tolist(),
+        "per_label": _class_table(table, label_set)
+        | {"ap": ranking.ap.tolist(), "auroc": ranking.auroc.tolist()},
+    }
+
+
+def _from_confusion(table: Tensor, *, binary: bool) -> dict[str, float]:
+    """Accuracy, F1 and balanced accuracy from counts (C, C).
+
+    The averages run over classes that occur in the truth or, for F1, among the predictions.
+    """
+    tp, true, predicted = (x.double() for x in (table.diagonal(), table.sum(1), table.sum(0)))
+    f1 = 2 * tp / (true + predicted).clamp(min=1)
+    total = float(true.sum())
+    result = {
+        "accuracy": _ratio(tp.sum(), total),
+        "balanced_accuracy": _mean((tp / true.clamp(min=1))[true > 0]),
+        "macro_f1": _mean(f1[true + predicted > 0]),
+        "weighted_f1": _ratio((f1 * true).sum(), total),
+        "majority_accuracy": _ratio(true.max(), total),
+    }
+    if binary:
+        result["f1"] = float(f1[1])
+        result["precision"] = _ratio(tp[1], predicted[1])
+        result["recall"] = _ratio(tp[1], true[1])
+    return result
+
+
+def _class_table(table: Tensor, label_set: Sequence[str]) -> dict[str, list[Any]]:
+    """Columns with one value per class, in the label set's order."""
+    tp, true, predicted = (x.double() for x in (table.diagonal(), table.sum(1), table.sum(0)))
+    return {
+        "label": list(label_set),
+        "positives": [int(x) for x in true],
+        "predicted": [int(x) for x in predicted],
+        "f1": (2 * tp / (true + predicted).clamp(min=1)).tolist(),
+        "precision": (tp / predicted).tolist(),
+        "recall": (tp / true).tolist(),
+    }
+
+
+def _log_loss(logits: Tensor, targets: Tensor) -> float:
+    if not len(targets):
+        return math.nan
+    return float(torch.nn.functional.cross_entropy(logits.double(), targets.long()))
+
+
+# -- small things ----------------------------------------------------------------------------------
+
+
+def _require_finite(logits: Tensor) -> None:
+    # A sum over a finite matrix can overflow, so count instead; by blocks to bound memory.
+    bad = 0
+    step = max(1, CHUNK_ENTRIES // max(logits.shape[1], 1))
+    for i in range(0, len(logits), step):
+        bad += int((~logits[i : i + step].isfinite()).any(1).sum())
+    if bad:
+        raise MmcError(
+            f"{bad} of {len(logits)} rows have logits that are not finite; training diverged "
+            f"(lower the learning rate) or the features hold NaN (`mmc verify`)"
+        )
+
+
+def _mean(values: Tensor) -> float:
+    """Mean of the values that are defined; NaN when none is."""
+    values = values[~values.isnan()]
+    return float(values.mean()) if len(values) else math.nan
+
+
+def _ratio(part: Tensor | float, whole: Tensor | float) -> float:
+    """0 when there is nothing to divide by (scikit-learn's ``zero_division=0``)."""
+    return float(part) / float(whole) if float(whole) > 0 else 0.0
+
+
+def _plain(value: Any) -> Any:
+    """The same with None for NaN, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,68 @@
+"""One linear layer on the concatenated fields.
+
+Shapes: B samples, C labels, D values of all fields together.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mmc.heads.models.base import Batch, Head
+from mmc.heads.models.inputs import InputNorm, Normalize
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig:
+    """Settings of the linear head."""
+
+    normalize: Normalize = "center"
+    """Per field: ``center`` = unit length, minus the training mean, one scale; ``l2`` = unit
+    length times sqrt(D); ``standardize`` = each value to mean 0 and variance 1; ``none``."""
+
+
+class Linear(Head):
+    """Logits = W x + b, x the normalised fields side by side."""
+
+    Config = LinearConfig
+    learning_rate = 1e-3
+
+    def __init__(
+        self,
+        inputs: Mapping[str, tuple[int, ...]],
+        num_labels: int,
+        config: LinearConfig,
+        *,
+        label_text: Tensor | None = None,
+    ) -> None:
+        super().__init__(inputs, num_labels, config, label_text=label_text)
+        self.normalize = InputNorm(inputs, config.normalize)
+        self.classifier = output_layer(sum(shape[0] for shape in inputs.values()), num_labels)
+
+    def prepare(self, batch: Batch) -> Batch:
+        return {"inputs": torch.cat(list(self.normalize(batch).values()), dim=-1)}
+
+    def score(self, prepared: Batch) -> Tensor:
+        logits: Tensor = self.classifier(prepared["inputs"])
+        return logits
+
+    def fit_inputs(self, blocks: Iterable[Batch]) -> None:
+        self.normalize.fit(blocks)
+
+    def set_prior(self, logits: Tensor) -> None:
+        set_bias(self.classifier, logits)
+
+
+def output_layer(width: int, num_labels: int) -> nn.Linear:
+    """A linear layer to logits that starts as the constant answer: weights zero."""
+    layer = nn.Linear(width, num_labels)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def set_bias(layer: nn.Linear, logits: Tensor) -> None:
+    """Overwrite the bias of an output layer by (C,)."""
+    with torch.no_grad():
+        layer.bias.copy_(logits)

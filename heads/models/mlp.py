@@ -1,0 +1,76 @@
+"""Hidden layers on the concatenated fields.
+
+Shapes: B samples, C labels, D values of all fields together.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mmc.heads.models.base import Batch, Head
+from mmc.heads.models.inputs import InputNorm, Normalize
+from mmc.heads.models.linear import output_layer, set_bias
+from mmc.store.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPConfig:
+    """Settings of the MLP head."""
+
+    hidden: int = 512
+    """Width of the hidden layers."""
+    layers: int = 1
+    """Hidden layers."""
+    dropout: float = 0.2
+    """Share of hidden values dropped while training."""
+    normalize: Normalize = "center"
+    """Per field: ``center`` = unit length, minus the training mean, one scale; ``l2`` = unit
+    length times sqrt(D); ``standardize`` = each value to mean 0 and variance 1; ``none``."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "layers"):
+            if getattr(self, name) < 1:
+                raise InputError(f"head.{name} must be 1 or more, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"head.dropout must be in [0, 1), got {self.dropout}")
+
+
+class MLP(Head):
+    """Linear, GELU and dropout per hidden layer, then a linear layer to the logits."""
+
+    Config = MLPConfig
+    learning_rate = 1e-3
+
+    def __init__(
+        self,
+        inputs: Mapping[str, tuple[int, ...]],
+        num_labels: int,
+        config: MLPConfig,
+        *,
+        label_text: Tensor | None = None,
+    ) -> None:
+        super().__init__(inputs, num_labels, config, label_text=label_text)
+        self.normalize = InputNorm(inputs, config.normalize)
+        width = sum(shape[0] for shape in inputs.values())
+        self.hidden = nn.Sequential()
+        for _ in range(config.layers):
+            self.hidden.extend([nn.Linear(width, config.hidden), nn.GELU()])
+            if config.dropout:
+                self.hidden.append(nn.Dropout(config.dropout))
+            width = config.hidden
+        self.classifier = output_layer(width, num_labels)
+
+    def prepare(self, batch: Batch) -> Batch:
+        return {"inputs": torch.cat(list(self.normalize(batch).values()), dim=-1)}
+
+    def score(self, prepared: Batch) -> Tensor:
+        logits: Tensor = self.classifier(self.hidden(prepared["inputs"]))
+        return logits
+
+    def fit_inputs(self, blocks: Iterable[Batch]) -> None:
+        self.normalize.fit(blocks)
+
+    def set_prior(self, logits: Tensor) -> None:
+        set_bias(self.classifier, logits)

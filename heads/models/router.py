@@ -1,0 +1,121 @@
+"""One classifier per field, and a router that gives each sample its own weights over the fields.
+
+Shapes: B samples, C labels, F fields, D values of one field or of all together.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mmc.heads.models.base import Batch, Head, Stage
+from mmc.heads.models.inputs import InputNorm, Normalize
+from mmc.heads.models.linear import output_layer, set_bias
+from mmc.store.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """Settings of the router head."""
+
+    hidden: int = 0
+    """Hidden width of each field's classifier; 0 = linear."""
+    router_hidden: int = 64
+    """Hidden width of the router."""
+    dropout: float = 0.2
+    """Share of hidden values dropped while training."""
+    classifier_lr: float = 1.0
+    """Share of the learning rate that the classifiers get while the router trains; 0 = frozen."""
+    normalize: Normalize = "center"
+    """Per field: ``center`` = unit length, minus the training mean, one scale; ``l2`` = unit
+    length times sqrt(D); ``standardize`` = each value to mean 0 and variance 1; ``none``."""
+
+    def __post_init__(self) -> None:
+        if self.hidden < 0 or self.router_hidden < 1:
+            raise InputError("head.hidden must be 0 or more and head.router_hidden 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"head.dropout must be in [0, 1), got {self.dropout}")
+        if self.classifier_lr < 0:
+            raise InputError(f"head.classifier_lr must be 0 or more, got {self.classifier_lr}")
+
+
+class Router(Head):
+    """Logits = sum over fields of the sample's weight times the field's logits.
+
+    Trained in stages: each field's classifier alone until it stops improving, then the router.
+    """
+
+    Config = RouterConfig
+    min_inputs = 2
+    learning_rate = 1e-3
+
+    def __init__(
+        self,
+        inputs: Mapping[str, tuple[int, ...]],
+        num_labels: int,
+        config: RouterConfig,
+        *,
+        label_text: Tensor | None = None,
+    ) -> None:
+        super().__init__(inputs, num_labels, config, label_text=label_text)
+        self.roles = tuple(inputs)
+        widths = [shape[0] for shape in inputs.values()]
+        self.normalize = InputNorm(inputs, config.normalize)
+        self.classifiers = nn.ModuleList(
+            _classifier(width, num_labels, config.hidden, config.dropout) for width in widths
+        )
+        self.router = _classifier(sum(widths), len(widths), config.router_hidden, config.dropout)
+
+    def prepare(self, batch: Batch) -> Batch:
+        return self.normalize(batch)  # type: ignore[no-any-return]
+
+    def score(self, prepared: Batch) -> Tensor:
+        logits_BFC = torch.stack(
+            [
+                classifier(prepared[role])
+                for role, classifier in zip(self.roles, self.classifiers, strict=True)
+            ],
+            dim=1,
+        )
+        return (self._weights(prepared).unsqueeze(-1) * logits_BFC).sum(1)
+
+    def stages(self) -> list[Stage]:
+        alone = [self._stage(index) for index in range(len(self.roles))]
+        trains = {"router": 1.0}
+        if self.config.classifier_lr:
+            trains["classifiers"] = self.config.classifier_lr
+        return [*alone, Stage(name="router", trains=trains)]
+
+    def weights(self, batch: Batch) -> Tensor:
+        """Fields as they are stored -> weight (B, F) of each; rows sum to 1."""
+        return self._weights(self.prepare(batch))
+
+    def fit_inputs(self, blocks: Iterable[Batch]) -> None:
+        self.normalize.fit(blocks)
+
+    def set_prior(self, logits: Tensor) -> None:
+        for classifier in self.classifiers:
+            set_bias(classifier[-1], logits)  # type: ignore[index]
+
+    def _weights(self, prepared: Batch) -> Tensor:
+        x_BD = torch.cat([prepared[role] for role in self.roles], dim=-1)
+        return self.router(x_BD).float().softmax(-1)  # type: ignore[no-any-return]
+
+    def _stage(self, index: int) -> Stage:
+        role, classifier = self.roles[index], self.classifiers[index]
+        return Stage(
+            name=f"classifier {role}",
+            trains={f"classifiers.{index}": 1.0},
+            reads=(role,),
+            score=lambda prepared: classifier(prepared[role]),
+        )
+
+
+def _classifier(width: int, outputs: int, hidden: int, dropout: float) -> nn.Sequential:
+    """Linear, or one hidden layer; the last layer starts at zero."""
+    if not hidden:
+        return nn.Sequential(output_layer(width, outputs))
+    return nn.Sequential(
+        nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), output_layer(hidden, outputs)
+    )

@@ -1,0 +1,81 @@
+"""AdamW, its learning rate over time, and the running average of the parameters."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mmc.heads.options import OptimConfig
+
+Named = dict[str, nn.Parameter]
+
+
+def trained_parameters(head: nn.Module, trains: Mapping[str, float]) -> dict[float, Named]:
+    """Learning rate share -> the parameters that have it; the longest prefix counts.
+
+    Everything else is frozen. The modules named are put in training mode, the rest in evaluation
+    mode (dropout of a frozen part would only add noise).
+    """
+    head.eval()
+    for prefix in trains:
+        head.get_submodule(prefix).train()
+    groups: dict[float, Named] = {}
+    for name, parameter in head.named_parameters():
+        inside = [p for p in trains if not p or name == p or name.startswith(f"{p}.")]
+        parameter.requires_grad_(bool(inside))
+        if inside:
+            groups.setdefault(trains[max(inside, key=len)], {})[name] = parameter
+    return groups
+
+
+def make_optimizer(groups: Mapping[float, Named], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW; matrices decay, biases and other vectors do not."""
+    param_groups = []
+    for share, named in groups.items():
+        for decays in (True, False):
+            chosen = [p for p in named.values() if (p.ndim > 1) == decays]
+            if chosen:
+                decay = config.weight_decay if decays else 0.0
+                param_groups.append({"params": chosen, "weight_decay": decay, "share": share})
+    return torch.optim.AdamW(param_groups, lr=0.0, betas=(0.9, config.beta2), fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group its share of ``lr``."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["share"]
+
+
+def lr_factor(step: int, total: int, config: OptimConfig) -> float:
+    """Share of the peak learning rate at ``step`` of ``total``: warm-up, then the schedule."""
+    warmup = config.warmup * total
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.schedule == "constant":
+        return 1.0
+    progress = (step - warmup) / max(total - warmup, 1)
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+class Average:
+    """Exponential running average of parameters, warmed up so that it starts near them."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
+        self.parameters = list(parameters)
+        self.decay = decay
+        self.values: list[Tensor] = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the parameters after ``step``."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the parameters and their average; call again to take it back."""
+        for parameter, value in zip(self.parameters, self.values, strict=True):
+            kept = parameter.clone()
+            parameter.copy_(value)
+            value.copy_(kept)

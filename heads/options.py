@@ -1,0 +1,112 @@
+"""What a training is told: frozen settings, and ``--set group.key=value``. Imports no torch."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from mmc.store.errors import InputError
+
+GROUPS = ("head", "loss", "optim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """How the parameters are found (AdamW); ``--set optim.KEY=VALUE``."""
+
+    weight_decay: float = 1.0
+    """Decoupled weight decay of matrices (biases and norms have none), per unit of learning
+    rate."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up: falling to zero along a cosine, or constant."""
+    warmup: float = 0.02
+    """Share of all steps in which the learning rate rises from zero."""
+    clip_norm: float = 1.0
+    """Gradients longer than this are shortened to it; 0 = off."""
+    ema: float = 0.0
+    """Decay per step of a running average of the parameters, which is then what is validated and
+    kept; 0 = off."""
+    beta2: float = 0.999
+    """Decay of AdamW's second moment."""
+    patience: int = 8
+    """Stop a stage after so many validations without a better one; 0 = never."""
+    metric: str | None = None
+    """Validation metric that decides which parameters are kept; default: mAP for multilabel,
+    auroc for binary, macro_f1 for multiclass. The validation loss breaks ties."""
+    checkpoint_seconds: float = 20.0
+    """Least time between checkpoints; 0 = one after every validation. What a kill can cost."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight_decay", "clip_norm", "checkpoint_seconds"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"optim.{name} must be 0 or more, got {getattr(self, name)}")
+        for name in ("warmup", "ema", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"optim.{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.patience < 0:
+            raise InputError(f"optim.patience must be 0 or more, got {self.patience}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training of a head on a store."""
+
+    head: str = "linear"
+    """Name of the head (`mmc list heads`)."""
+    features: tuple[str, ...] = ()
+    """What it reads: ALIAS, alias/field or role=alias/field; none = all pooled fields."""
+    loss: str | None = None
+    """Name of the loss (`mmc list losses`); default: bce for multilabel, ce for one label per
+    sample."""
+    batch_size: int | None = None
+    """Samples per step; default: about 100 steps an epoch, between 32 and 4,096 on a CPU or
+    65,536 on a GPU."""
+    epochs: int | None = None
+    """Most passes over the training rows, per stage; default: 30, and more where an epoch has
+    fewer than 100 steps. Early stopping usually ends it before."""
+    lr: float | None = None
+    """Learning rate; default: the head's own, times the root of the batch size over 256."""
+    seed: int = 0
+    """Order, initialisation and dropout; the same seed gives the same weights."""
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    """Of the inputs and matrix products while training; auto = bf16 where the device has it.
+    Parameters, loss and validation are float32 always."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto = a GPU where there is one."""
+    settings: tuple[str, ...] = ()
+    """Settings of the head, the loss and the optimiser: ``group.key=value``, such as
+    ``head.hidden=1024``, ``loss.pos_weight=auto`` or ``optim.weight_decay=0.1``."""
+    overwrite: bool = False
+    """Train again where a run is already."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+        if self.lr is not None and not self.lr > 0:
+            raise InputError(f"--lr must be above 0, got {self.lr}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"--seed must be in [0, 2^63), got {self.seed}")
+        if self.precision not in ("auto", "bf16", "float32"):
+            raise InputError(f"--precision must be auto, bf16 or float32, got {self.precision!r}")
+        parse_set(self.settings)
+
+
+def parse_set(pairs: Iterable[str]) -> dict[str, dict[str, str]]:
+    """``["head.hidden=512", ...]`` -> ``{"head": {"hidden": "512"}}``; later pairs win.
+
+    Keys are checked against the component's own settings when it is built.
+
+    Raises:
+        InputError: not of the form ``group.key=value``, or an unknown group.
+    """
+    settings: dict[str, dict[str, str]] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        group, dot, key = name.strip().partition(".")
+        if not (equals and dot and group and key):
+            raise InputError(f"--set {pair}: write group.key=value, such as optim.weight_decay=0.1")
+        if group not in GROUPS:
+            raise InputError(f"--set {pair}: no group {group!r}; choose from {', '.join(GROUPS)}")
+        settings.setdefault(group, {})[key] = value.strip()
+    return settings

@@ -1,0 +1,139 @@
+"""Which rows train, validate and test a head, and what is left out and why."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mmc.store.errors import InputError
+
+if TYPE_CHECKING:
+    from mmc.store import EmbeddingStore
+
+Rows = npt.NDArray[np.int64]
+
+HELD_OUT = 0.1
+"""Share of the training rows that validate when the store has no ``val`` split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """Ascending store rows, labelled and done in every feature that the head reads."""
+
+    train: Rows
+    val: Rows
+    test: Rows
+    notes: list[str] = field(default_factory=list)
+    """Lines to say aloud: what was left out, what was decided."""
+
+
+def choose(store: "EmbeddingStore", features: Sequence[str], *, trains: bool) -> Splits:
+    """The rows of each split.
+
+    Without a ``val`` split a tenth of the training rows validates, chosen by a hash of the id so
+    that it stays the same when samples are added. Rows without any split train when no row is
+    marked ``train``.
+
+    Args:
+        trains: False for a head that trains nothing: it needs no training rows.
+
+    Raises:
+        InputError: nothing to train or to validate on.
+    """
+    notes: list[str] = []
+    marked = "train" if len(store.rows(split="train")) else ""
+    rows = {
+        name: _usable(store, features, split, name, notes)
+        for name, split in (("train", marked), ("val", "val"), ("test", "test"))
+    }
+    if marked == "" and len(rows["train"]):
+        notes.append("no row is marked train: rows without a split are used for training")
+    if not len(store.rows(split="val")) and len(rows["train"]):
+        held = _held_out(store, rows["train"])
+        rows["train"], rows["val"] = rows["train"][~held], rows["train"][held]
+        notes.append(
+            f"no val split: {len(rows['val']):,} of {held.size:,} training rows (by a hash of "
+            "their id) are held out for validation"
+        )
+    for name in ("train", "val"):
+        if not len(rows[name]) and trains:
+            raise InputError(_empty(store, features, name, marked))
+    return Splits(**rows, notes=notes)
+
+
+def targets(store: "EmbeddingStore", rows: Rows) -> Tensor:
+    """Multilabel: int8 (n, C); otherwise the class as int64 (n,). Rows must be labelled."""
+    if store.task == "multilabel":
+        return torch.from_numpy(np.ascontiguousarray(store.labels.multi_hot(rows)))
+    labels = store.labels
+    return torch.from_numpy(labels.indices[labels.indptr[rows]].astype(np.int64))
+
+
+def digest(splits: Splits, store: "EmbeddingStore") -> str:
+    """Hash of the rows that decide the parameters, and of their labels."""
+    state = hashlib.blake2b(digest_size=16)
+    for rows in (splits.train, splits.val):
+        state.update(len(rows).to_bytes(8, "little"))
+        state.update(np.ascontiguousarray(rows).tobytes())
+        state.update(targets(store, rows).numpy().tobytes())
+    return state.hexdigest()
+
+
+def _usable(
+    store: "EmbeddingStore", features: Sequence[str], split: str, name: str, notes: list[str]
+) -> Rows:
+    """Rows of a split that can be used; says what is left out."""
+    everything = store.rows(split=split)
+    done = store.rows(split=split, features=list(features))
+    labelled = store.labels.known[done]
+    if store.task in ("binary", "multiclass"):
+        labelled &= np.diff(store.labels.indptr)[done] == 1
+    not_done, unlabelled = len(everything) - len(done), int((~labelled).sum())
+    left_out = [
+        f"{count:,} {what}"
+        for count, what in ((not_done, "without features"), (unlabelled, "without labels"))
+        if count
+    ]
+    if left_out and (name != "test" or not_done):
+        notes.append(f"{name}: {' and '.join(left_out)} of {len(everything):,} rows are left out")
+    rows: Rows = done[labelled]
+    return rows
+
+
+def _held_out(store: "EmbeddingStore", rows: Rows) -> npt.NDArray[np.bool_]:
+    """Mask of ``rows`` that validate; at least one row validates and one trains, if two exist."""
+    ids = store.column("id").take(rows).to_pylist()
+    keys = np.array([_unit_hash(str(name)) for name in ids])
+    held = keys < HELD_OUT
+    if len(rows) > 1 and not held.any():
+        held[keys.argmin()] = True
+    if len(rows) > 1 and held.all():
+        held[keys.argmax()] = False
+    return held
+
+
+def _unit_hash(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    digest_ = hashlib.blake2b(text.encode(), digest_size=8, person=b"mmc-val").digest()
+    return int.from_bytes(digest_, "little") / 2**64
+
+
+def _empty(store: "EmbeddingStore", features: Sequence[str], name: str, marked: str) -> str:
+    """Why there is nothing in a split."""
+    split = {"train": marked}.get(name, name)
+    total = len(store.rows(split=split))
+    done = len(store.rows(split=split, features=list(features)))
+    if not total:
+        why = "no rows"
+    elif not done:
+        why = f"{total:,} rows, none with {', '.join(features)} (`mmc extract` makes them)"
+    else:
+        why = f"{total:,} rows, none of them labelled and with features"
+    if name == "val" and not total:
+        why = "too few training rows to hold some out"
+    return f"{store.path}: nothing to {'train' if name == 'train' else 'validate'} on: {why}"

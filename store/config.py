@@ -1,0 +1,85 @@
+"""Component configs: frozen keyword-only dataclasses whose field docstrings are the help text."""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_args, get_origin
+
+from mmc.store.errors import InputError
+
+T = TypeVar("T")
+
+
+def field_docs(config: type) -> dict[str, str]:
+    """The docstring written under each field of a dataclass, by field name (bases included)."""
+    docs: dict[str, str] = {}
+    for cls in reversed(config.__mro__):
+        if not dataclasses.is_dataclass(cls):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, doc in zip(body.body, body.body[1:], strict=False):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(doc, ast.Expr)
+                and isinstance(doc.value, ast.Constant)
+                and isinstance(doc.value.value, str)
+            ):
+                docs[field.target.id] = inspect.cleandoc(doc.value.value)
+    return docs
+
+
+def build(config: type[T], settings: Mapping[str, Any], *, where: str) -> T:
+    """Make ``config`` from ``settings``; strings are converted to each field's type.
+
+    Raises:
+        InputError: an unknown key (nearest names are given) or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(config)
+    names = [field.name for field in dataclasses.fields(config) if field.init]  # type: ignore[arg-type]
+    values = {}
+    for key, value in settings.items():
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
+            raise InputError(f"{where} has no setting {key!r}; {hint}")
+        try:
+            values[key] = _convert(value, hints[key])
+        except (TypeError, ValueError) as error:
+            wanted = getattr(hints[key], "__name__", str(hints[key]))
+            raise InputError(f"{where} setting {key}={value!r} is not {wanted}: {error}") from None
+    return config(**values)
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """``value`` as ``hint`` (bool, int, float, str, Literal, tuple[X, ...], unions with None)."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            return None
+        return _convert(value, next(arg for arg in args if arg is not type(None)))
+    if origin is typing.Literal:
+        if value not in args:
+            raise ValueError(f"choose from {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        parts = value.split(",") if isinstance(value, str) else value
+        return tuple(_convert(part, args[0]) for part in parts)
+    if not isinstance(value, str):
+        if hint is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if not isinstance(value, hint):
+            raise TypeError(f"got {type(value).__name__}")
+        return value
+    if hint is bool:
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if value.lower() not in words:
+            raise ValueError("use true or false")
+        return words[value.lower()]
+    return hint(value)

@@ -1,0 +1,139 @@
+"""extract -> train-head -> predict, evaluate, info, verify, as a user runs them."""
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mmc.store import EmbeddingStore
+
+
+def read(path: Path) -> list[list[str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def test_extract_twice_does_nothing_the_second_time(mmc: Callable, dataset, backbone, tmp_path):
+    args = ("extract", dataset, tmp_path / "s", "--backbone", backbone, "--name", "clip", "--json")
+    first, second = mmc(*args), mmc(*args)
+    assert (first.code, second.code) == (0, 0)
+    assert first.json()["embedded"] == 100
+    assert second.json()["embedded"] == 0
+    assert second.json()["skipped"] == 100
+    assert "multilabel" in first.err
+    store = EmbeddingStore.open(tmp_path / "s")
+    assert store.label_set == ("bright", "dark blue", "red")
+    assert len(store.rows(split="train", features=["clip/image", "clip/text"])) == 60
+
+
+def test_train_head_says_how_good_it_is_and_writes_the_run(mmc: Callable, trained, tmp_path):
+    store, _ = trained
+    result = mmc("train-head", store, tmp_path / "run", "--head", "mlp", "--set", "head.hidden=16")
+    assert result.code == 0, result.err
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {
+        "head.safetensors",
+        "run.json",
+        "history.csv",
+        "README.md",
+    }
+    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert record["head_config"]["hidden"] == 16
+    assert "test" in record["metrics"]
+    shown = f"{record['metrics']['test']['mAP']:.3f}"
+    assert shown in result.out
+
+
+def test_predict_on_the_store_and_on_the_source_agree(mmc: Callable, trained, dataset, tmp_path):
+    store, run = trained
+    from_store = mmc("predict", run, store, "--split", "test", "--out", tmp_path / "a.csv")
+    from_source = mmc("predict", run, dataset / "test.csv", "--out", tmp_path / "b.csv")
+    assert from_store.code == 0, from_store.err
+    assert from_source.code == 0, from_source.err
+    assert read(tmp_path / "a.csv") == read(tmp_path / "b.csv")
+    rows = read(tmp_path / "a.csv")
+    assert len(rows) == 21
+    assert [row[0] for row in rows[1:]] == [f"s{i}" for i in range(80, 100)]
+    known = {"", "bright", "dark blue", "red"}
+    assert {label for row in rows[1:] for label in row[1].split("|")} <= known
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "b.csv"]
+
+
+def test_predict_keeps_the_embeddings_where_it_is_told(mmc: Callable, trained, dataset, tmp_path):
+    _, run = trained
+    args = ("predict", run, dataset / "test.csv", "--out", tmp_path / "a.csv", "--store")
+    assert mmc(*args, tmp_path / "cache").code == 0
+    assert len(EmbeddingStore.open(tmp_path / "cache")) == 20
+    again = mmc(*args, tmp_path / "cache")
+    assert again.code == 0, again.err
+
+
+def test_scores_are_probabilities_and_long_form_ranks(mmc: Callable, trained, tmp_path):
+    store, run = trained
+    out = tmp_path / "p.csv"
+    assert mmc("predict", run, store, "--split", "test", "--out", out, "--scores").code == 0
+    head, *rows = read(out)
+    assert head[2:] == ["score:bright", "score:dark blue", "score:red"]
+    assert all(0 <= float(value) <= 1 for row in rows for value in row[2:])
+    args = ("--format", "long", "--top-k", 2)
+    assert mmc("predict", run, store, "--split", "test", "--out", out, *args).code == 0
+    head, *rows = read(out)
+    assert head == ["id", "label", "score", "rank"]
+    assert [row[3] for row in rows] == ["1", "2"] * 20
+
+
+def test_evaluate_gives_the_metrics_of_the_run(mmc: Callable, trained):
+    store, run = trained
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    result = mmc("evaluate", run, store, "--split", "test", "--json")
+    assert result.json()["mAP"] == pytest.approx(record["metrics"]["test"]["mAP"], abs=1e-9)
+    table = mmc("evaluate", run, store)
+    assert table.code == 0
+    assert "mAP" in table.out
+
+
+def test_info_shows_what_the_store_holds(mmc: Callable, trained):
+    store, _ = trained
+    table = mmc("info", store).out
+    for word in ("clip/image", "clip/text", "float16", "train", "dark blue", "100"):
+        assert word in table
+    assert mmc("info", store, "--json").json()["samples"] == 100
+
+
+def test_verify_finds_and_repairs_damage(mmc: Callable, trained, dataset, backbone, tmp_path):
+    store = tmp_path / "copy.store"
+    shutil.copytree(trained[0], store)
+    assert mmc("verify", store).code == 0
+    shard = next(path for path in (store / "features/clip/image").rglob("c/*/*") if path.is_file())
+    data = bytearray(shard.read_bytes())
+    data[10] ^= 0xFF
+    shard.write_bytes(data)
+    damaged = mmc("verify", store)
+    assert damaged.code == 1
+    assert str(shard.relative_to(store)) in damaged.out + damaged.err
+    mmc("verify", store, "--repair")
+    args = ("--backbone", backbone, "--name", "clip")
+    assert mmc("extract", dataset, store, *args).code == 0
+    assert mmc("verify", store).code == 0
+    whole = EmbeddingStore.open(trained[0])["clip/image"][:]
+    assert (EmbeddingStore.open(store)["clip/image"][:] == whole).all()
+
+
+def test_a_bad_picture_is_counted_and_predicted_as_nothing(
+    mmc: Callable, trained, dataset, backbone, tmp_path
+):
+    folder = tmp_path / "set"
+    shutil.copytree(dataset, folder)
+    (folder / "images" / "85.jpg").write_bytes(b"<html>not found</html>")
+    args = ("--backbone", backbone, "--name", "clip")
+    loose = mmc("extract", folder, tmp_path / "a", *args)
+    assert loose.code == 0
+    assert "s85" in loose.err
+    assert mmc("extract", folder, tmp_path / "b", *args, "--strict").code == 1
+    run = trained[1]
+    mmc("predict", run, tmp_path / "a", "--split", "test", "--out", tmp_path / "p.csv")
+    rows = dict(row[:2] for row in read(tmp_path / "p.csv")[1:])
+    assert len(rows) == 20
+    assert rows["s85"] == ""

@@ -1,0 +1,271 @@
+"""Thresholds: equal to brute force, drawn together where data are few, chosen on held-out rows."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mmc.heads import thresholds
+from mmc.heads.thresholds import (
+    HIGHEST,
+    LOWEST,
+    Thresholds,
+    decide,
+    objective_value,
+    per_label_cuts,
+    tune,
+)
+
+HALF = torch.tensor(0.5, dtype=torch.float64)
+
+
+def problem(n: int, c: int, seed: int, *, shift: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Probabilities float32 (n, c) off by ``shift`` logits, and targets int8 (n, c)."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(n, c, generator=generator) * 2 - 1
+    targets = (torch.rand(n, c, generator=generator) < torch.sigmoid(logits)).to(torch.int8)
+    return torch.sigmoid(logits + shift), targets
+
+
+small = st.integers(2, 7).flatmap(
+    lambda n: st.integers(1, 3).flatmap(
+        lambda c: st.tuples(
+            st.lists(
+                st.lists(
+                    st.sampled_from([0.0, 0.005, 0.2, 0.4, 0.5, 0.8, 0.995, 1.0]),
+                    min_size=c,
+                    max_size=c,
+                ),
+                min_size=n,
+                max_size=n,
+            ),
+            st.lists(st.lists(st.integers(0, 1), min_size=c, max_size=c), min_size=n, max_size=n),
+        )
+    )
+)
+GRID = (0.01, 0.1, 0.3, 0.45, 0.5, 0.6, 0.9, 0.99)
+"""One threshold between any two of the values above, and at the ends."""
+
+
+@given(small)
+@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("objective", ["macro", "micro"])
+def test_per_label_equals_brute_force(
+    objective: str, data: tuple[list[list[float]], list[list[int]]]
+) -> None:
+    scores = torch.tensor(data[0], dtype=torch.float64)
+    truth = torch.tensor(data[1], dtype=torch.int8)
+    common = HALF.expand(scores.shape[1])
+    cuts = per_label_cuts(scores, truth, objective, common)
+    assert ((cuts >= LOWEST) & (cuts <= HIGHEST)).all()
+    best = max(
+        objective_value(scores >= torch.tensor(grid).double(), truth, objective, binary=False)
+        for grid in itertools.product(GRID, repeat=scores.shape[1])
+    )
+    found = objective_value(scores >= cuts, truth, objective, binary=False)
+    assert found == pytest.approx(best, abs=1e-12)
+
+
+@given(small)
+@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("objective", ["macro", "micro", "samples"])
+def test_common_threshold_equals_brute_force(
+    objective: str, data: tuple[list[list[float]], list[list[int]]]
+) -> None:
+    scores = torch.tensor(data[0], dtype=torch.float64)
+    truth = torch.tensor(data[1], dtype=torch.int8)
+    cuts = thresholds._fit_global(scores, truth, objective, False)
+    best = max(objective_value(scores >= g, truth, objective, binary=False) for g in GRID)
+    found = objective_value(scores >= cuts, truth, objective, binary=False)
+    assert found == pytest.approx(best, abs=1e-12)
+
+
+@given(small)
+@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("objective", ["macro", "micro"])
+def test_binary_threshold_equals_brute_force(
+    objective: str, data: tuple[list[list[float]], list[list[int]]]
+) -> None:
+    scores = torch.tensor(data[0], dtype=torch.float64)[:, :1]
+    truth = torch.tensor(data[1], dtype=torch.int8)[:, :1]
+    cuts = thresholds._fit_global(scores, truth, objective, True)
+    best = max(objective_value(scores >= g, truth, objective, binary=True) for g in GRID)
+    assert objective_value(scores >= cuts, truth, objective, binary=True) == pytest.approx(best)
+
+
+def test_samples_ascent_never_falls_below_where_it_starts() -> None:
+    for seed in range(5):
+        p, targets = problem(80, 6, seed, shift=1.0)
+        scores = p.double()
+        start = HALF.expand(6)
+        cuts = per_label_cuts(scores, targets, "samples", start)
+        before = objective_value(scores >= start, targets, "samples", binary=False)
+        after = objective_value(scores >= cuts, targets, "samples", binary=False)
+        assert after > before
+
+
+def test_the_fine_grid_is_near_the_exact_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, targets = problem(300, 3, 0, shift=-2.0)
+    exact = thresholds._fit_global(p.double(), targets, "micro", False)
+    monkeypatch.setattr(thresholds, "MAX_CUTS", 5)
+    grid = thresholds._fit_global(p.double(), targets, "micro", False)
+    values = [
+        objective_value(p.double() >= cuts, targets, "micro", binary=False)
+        for cuts in (exact, grid)
+    ]
+    assert values[0] - 0.005 < values[1] <= values[0]
+
+
+def test_calibrated_scores_want_half_of_the_f1_they_reach() -> None:
+    """Lipton et al. 2014: the optimal threshold of calibrated scores is F1* / 2."""
+    p, targets = problem(40_000, 1, 0)
+    cut = float(thresholds._fit_global(p.double(), targets, "micro", False))
+    reached = objective_value(p.double() >= cut, targets, "micro", binary=False)
+    assert cut == pytest.approx(reached / 2, abs=0.03)
+
+
+def test_shifted_scores_are_corrected_and_the_gain_is_real() -> None:
+    p, targets = problem(2_000, 5, 1, shift=-2.0)
+    found = tune(p, targets, "multilabel", objective="micro")
+    fresh_p, fresh_targets = problem(2_000, 5, 2, shift=-2.0)
+    before = objective_value(fresh_p >= 0.5, fresh_targets, "micro", binary=False)
+    chosen = decide(fresh_p, "multilabel", found)
+    after = objective_value(chosen, fresh_targets, "micro", binary=False)
+    assert after > before + 0.05
+    # What the cross-fit promised is what fresh data give.
+    assert found.held_out[found.mode] == pytest.approx(after, abs=0.02)
+    assert found.held_out["default"] == pytest.approx(before, abs=0.02)
+
+
+def test_labels_off_by_different_amounts_get_their_own() -> None:
+    p, targets = problem(3_000, 4, 3)
+    shift = torch.tensor([-3.0, -1.0, 1.0, 3.0])
+    p = torch.sigmoid(torch.logit(p) + shift)
+    found = tune(p, targets, "multilabel", objective="macro")
+    assert found.mode == "per_label"
+    assert list(found.values) == sorted(found.values)
+    assert found.held_out["per_label"] > found.held_out["global"] > 0
+
+
+def test_good_defaults_are_kept() -> None:
+    generator = torch.Generator().manual_seed(0)
+    targets = (torch.rand(300, 4, generator=generator) < 0.4).to(torch.int8)
+    p = 0.1 + 0.8 * targets.float()
+    found = tune(p, targets, "multilabel")
+    assert (found.mode, found.values) == ("default", (0.5,) * 4)
+    assert found.held_out == {"default": 1.0, "global": 1.0, "per_label": 1.0}
+
+
+def test_rare_labels_take_the_common_threshold() -> None:
+    p, targets = problem(2_000, 3, 5, shift=-2.0)
+    targets[:, 2] = 0
+    targets[:9, 2] = 1
+    fit = thresholds._PerLabel(10, 20.0)
+    common = thresholds._fit_global(p.double(), targets, "macro", False)
+    cuts = fit(p.double(), targets, "macro", False)
+    assert cuts[2] == common[2]
+    assert cuts[0] != common[0]
+
+
+def test_shrinkage_is_the_weighted_mean() -> None:
+    p, targets = problem(500, 2, 6, shift=-1.0)
+    scores = p.double()
+    common = thresholds._fit_global(scores, targets, "macro", False)
+    own = per_label_cuts(scores, targets, "macro", common)
+    n = targets.sum(0).double()
+    expected = (n * own + 20 * common) / (n + 20)
+    found = thresholds._PerLabel(10, 20.0)(scores, targets, "macro", False)
+    torch.testing.assert_close(found, expected)
+    unshrunk = thresholds._PerLabel(0, 0.0)(scores, targets, "macro", False)
+    torch.testing.assert_close(unshrunk, own)
+
+
+def test_ties_go_to_the_cut_nearest_the_common_one() -> None:
+    # Cutting at .15 or at .85 both give F1 = 2/3; the common threshold decides.
+    scores = torch.tensor([[0.9], [0.8], [0.7], [0.2], [0.1]], dtype=torch.float64)
+    truth = torch.tensor([[1], [0], [0], [1], [0]], dtype=torch.int8)
+    f1 = [objective_value(scores >= cut, truth, "macro", binary=False) for cut in (0.15, 0.85)]
+    assert f1 == [pytest.approx(2 / 3)] * 2
+    low = per_label_cuts(scores, truth, "macro", torch.tensor([0.1], dtype=torch.float64))
+    high = per_label_cuts(scores, truth, "macro", torch.tensor([0.9], dtype=torch.float64))
+    assert (float(low), float(high)) == (pytest.approx(0.15), pytest.approx(0.85))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("objective", ["micro", "macro", "samples"])
+def test_constant_scores_do_not_crash(value: float, objective: str) -> None:
+    targets = (torch.arange(60).reshape(20, 3) % 2).to(torch.int8)
+    found = tune(torch.full((20, 3), value), targets, "multilabel", objective=objective)
+    assert all(LOWEST <= v <= HIGHEST for v in found.values)
+
+
+@pytest.mark.parametrize("task", ["multilabel", "binary", "multiclass"])
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_too_few_rows_keep_the_default(task: str, n: int) -> None:
+    targets = torch.ones(n, 2, dtype=torch.int8) if task == "multilabel" else torch.ones(n).long()
+    found = tune(torch.full((n, 2), 0.5), targets, task)
+    assert found == Thresholds.default(task, 2)
+
+
+def test_unknown_entries_are_as_if_they_were_not_there() -> None:
+    p, targets = problem(400, 3, 7, shift=-1.0)
+    masked = targets.clone()
+    masked[:50] = -1
+    alone = thresholds._fit_global(p[50:].double(), targets[50:], "samples", False)
+    scores, truth = thresholds._mask_unknown(p, masked)
+    assert float(thresholds._fit_global(scores, truth, "samples", False)[0]) == float(alone[0])
+    masked[60:100, 1] = -1
+    scores, truth = thresholds._mask_unknown(p, masked)
+    keep = torch.cat([torch.arange(50, 60), torch.arange(100, 400)])
+    for column, rows in ((0, torch.arange(50, 400)), (1, keep)):
+        alone = thresholds._fit_global(
+            p[rows, column : column + 1].double(),
+            targets[rows, column : column + 1],
+            "macro",
+            False,
+        )
+        masked_out = thresholds._fit_global(
+            scores[:, column : column + 1], truth[:, column : column + 1], "macro", False
+        )
+        assert float(alone) == float(masked_out)
+
+
+def test_same_seed_same_thresholds() -> None:
+    p, targets = problem(300, 5, 8, shift=-1.0)
+    assert tune(p, targets, "multilabel", seed=3) == tune(p, targets, "multilabel", seed=3)
+
+
+def test_binary_reads_the_second_class() -> None:
+    p1, targets = problem(2_000, 1, 9, shift=-2.0)
+    p = torch.cat([1 - p1, p1], 1)
+    truth = targets[:, 0].long()
+    truth[:5] = -1
+    found = tune(p, truth, "binary")
+    assert (found.mode, found.objective, len(found.values)) == ("global", "macro", 1)
+    assert found.values[0] < 0.3
+    assert (decide(p, "binary", found).sum(1) == 1).all()
+    assert torch.equal(decide(p, "binary", found)[:, 1], p1[:, 0].double() >= found.values[0])
+
+
+def test_multiclass_is_arg_max() -> None:
+    p = torch.tensor([[0.2, 0.5, 0.3], [0.6, 0.3, 0.1]])
+    found = tune(p, torch.tensor([1, 0]), "multiclass")
+    assert (found.mode, found.values) == ("argmax", ())
+    assert decide(p, "multiclass", found).tolist() == [[False, True, False], [True, False, False]]
+
+
+def test_at_least_one_fills_only_empty_rows() -> None:
+    p = torch.tensor([[0.2, 0.4], [0.9, 0.8]])
+    cuts = Thresholds.default("multilabel", 2)
+    assert decide(p, "multilabel", cuts).tolist() == [[False, False], [True, True]]
+    filled = decide(p, "multilabel", cuts, at_least_one=True)
+    assert filled.tolist() == [[False, True], [True, True]]
+
+
+def test_json_round_trip() -> None:
+    p, targets = problem(300, 3, 10)
+    found = tune(p, targets, "multilabel")
+    assert Thresholds.from_json(found.to_json()) == found
