@@ -16,6 +16,7 @@ import typing
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -136,7 +137,7 @@ def _table(kind: str) -> tuple[Any, ...]:
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
-    version: Annotated[
+    show_version: Annotated[
         bool, typer.Option("--version", is_eager=True, help="Show versions and devices, and exit.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
@@ -149,14 +150,21 @@ def _root(
       mmc train-head my.store my.run --head linear
       mmc predict my.run test.csv --out predictions.csv
     """
-    if version:
-        from mmc.heads.artifact import library_versions
-
-        for name, number in library_versions().items():
-            print(f"{name:<12} {number}")
-        print(f"{'devices':<12} {', '.join(_devices())}")
+    if show_version:
+        for name, number in _versions().items():
+            print(f"{name:<16} {number}")
+        print(f"{'devices':<16} {', '.join(_devices())}")
     elif context.invoked_subcommand is None:
         print(context.get_help())
+
+
+def _versions() -> dict[str, str]:
+    """Versions of mmc and of the libraries that its results depend on."""
+    names = ["mmc", "torch", "torchvision", "open_clip_torch", "transformers", "zarr", "numpy"]
+    found = {name: version(name) for name in names}
+    # One library, several packages: by platform, and by the user's choice of CUDA.
+    faiss = {d.name: d.version for d in distributions() if (d.name or "").startswith("faiss")}
+    return {**found, "faiss": ", ".join(f"{number} ({name})" for name, number in faiss.items())}
 
 
 def _devices() -> list[str]:
@@ -210,7 +218,7 @@ def extract_command(
     )
     report = _extract(source, store, config)
     if json_output:
-        _print_json(report)
+        _print_json(asdict(report))
 
 
 def _extract(source: str, store: str, config: ExtractConfig) -> Any:
@@ -249,7 +257,7 @@ def train_head_command(
     with Progress() as progress:
         report = train(EmbeddingStore.open(store), run, config, report=_say, progress=progress)
     if json_output:
-        _print_json(report)
+        _print_json({key: value for key, value in vars(report).items() if key != "run"})
     else:
         print(format_table(report.metrics))
 
@@ -409,7 +417,7 @@ def info_command(store: StorePath, json_output: Json = False) -> None:
       mmc info my.store
     """
     from mmc.store import EmbeddingStore
-    from mmc.store.summary import format_summary
+    from mmc.store.showing import format_summary
 
     info = EmbeddingStore.open(store).info()
     if json_output:

@@ -70,19 +70,27 @@ class Channel(Generic[T]):
             self._closed = True
             self._changed.notify_all()
 
-    def __iter__(self) -> Iterator[T]:
-        """Items until the channel is closed and empty.
+    def get(self, wait: bool = True) -> T | None:
+        """The next item; None when the channel is closed and empty.
+
+        Args:
+            wait: whether to wait for one; without, None also means that there is none just now.
 
         Raises:
             Stopped: the run is being stopped.
         """
-        while True:
-            with self._changed:
+        with self._changed:
+            if wait:
                 self._wait(lambda: bool(self._items) or self._closed)
-                if not self._items:
-                    return
-                item = self._items.popleft()
-                self._changed.notify_all()
+            if not self._items:
+                return None
+            item = self._items.popleft()
+            self._changed.notify_all()
+            return item
+
+    def __iter__(self) -> Iterator[T]:
+        """Items until the channel is closed and empty; raises Stopped as `get` does."""
+        while (item := self.get()) is not None:
             yield item
 
     def _wait(self, condition: Callable[[], bool]) -> None:
@@ -180,18 +188,26 @@ class Engine:
 
     def _encode_on_device(self) -> None:
         """The one thread that feeds the accelerator; decoding runs ahead in a pool."""
+        decoding: deque[tuple[Job, list[Future[None]]]] = deque()
+        on_device: deque[tuple[Job, list[Outputs], torch.cuda.Event | None]] = deque()
         with ThreadPoolExecutor(self._workers, "mmc-decode", torch.set_num_threads, (1,)) as pool:
-            unfinished: deque[tuple[Job, list[Outputs], torch.cuda.Event | None]] = deque()
-            for job, decoding in _ahead(self._jobs, pool):
-                for future in decoding:
-                    future.result()
-                with self._clock.measure("encode"):
-                    unfinished.append((job, *_to_host(job.forward(self._device))))
-                    # One batch stays on the device while the results of the last are handed over.
-                    if len(unfinished) > 1:
-                        _finish(*unfinished.popleft())
-            while unfinished:
-                _finish(*unfinished.popleft())
+            while True:
+                while len(decoding) <= BATCHES_AHEAD and (job := self._jobs.get(wait=False)):
+                    decoding.append((job, [pool.submit(part) for part in job.parts()]))
+                # One batch stays on the device while the results of the last are handed over;
+                # but with nothing to run it goes too: the next shard may wait for these to end.
+                while len(on_device) > (1 if decoding else 0):
+                    _finish(*on_device.popleft())
+                if decoding:
+                    job, parts = decoding.popleft()
+                    for part in parts:
+                        part.result()
+                    with self._clock.measure("encode"):
+                        on_device.append((job, *_to_host(job.forward(self._device))))
+                elif (job := self._jobs.get()) is not None:
+                    decoding.append((job, [pool.submit(part) for part in job.parts()]))
+                else:
+                    return
 
     def _commit(self) -> None:
         for task in self._shards:
@@ -222,18 +238,6 @@ class Engine:
             return
         for work in self._head.works:
             self._write(work)
-
-
-def _ahead(
-    jobs: Iterable[Job], pool: ThreadPoolExecutor
-) -> Iterator[tuple[Job, list[Future[None]]]]:
-    """Jobs in order with their parts running in the pool, a few of them ahead."""
-    waiting: deque[tuple[Job, list[Future[None]]]] = deque()
-    for job in jobs:
-        waiting.append((job, [pool.submit(part) for part in job.parts()]))
-        if len(waiting) > BATCHES_AHEAD:
-            yield waiting.popleft()
-    yield from waiting
 
 
 def _to_host(outputs: list[Outputs]) -> tuple[list[Outputs], torch.cuda.Event | None]:

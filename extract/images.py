@@ -230,7 +230,7 @@ def _fit(pixels: Tensor, transform: ImageTransform) -> Tensor:
     height, width = transform.size
     top = transform.crop_start(new_height, height)
     left = transform.crop_start(new_width, width)
-    if top < 0 or left < 0:
+    if new_height < height or new_width < width:
         canvas = torch.full((3, height, width), transform.fill, dtype=torch.uint8)
         part = pixels[:, max(top, 0) : max(top, 0) + height, max(left, 0) : max(left, 0) + width]
         y, x = max(-top, 0), max(-left, 0)
@@ -279,7 +279,7 @@ def _fit_with_pillow(rgb: Image.Image, transform: ImageTransform) -> Image.Image
     else:
         part = rgb.resize((new_width, new_height), method)
         part = part.crop((x, y, x + part_size[0], y + part_size[1]))
-    if top >= 0 and left >= 0:
+    if part.size == (width, height):
         return part
     canvas = Image.new("RGB", (width, height), (transform.fill,) * 3)
     canvas.paste(part, (max(-left, 0), max(-top, 0)))

@@ -22,16 +22,13 @@ class BinnedCalibration:
 
     def add(self, probabilities: Tensor, outcomes: Tensor, known: Tensor) -> None:
         """Add a block: probabilities float (n, L), outcomes bool (n, L), known bool (n, L)."""
-        p, y = probabilities.double(), outcomes.double()
-        bins = (p * BINS).long().clamp(max=BINS - 1)
-        weights = known.double()
+        p = probabilities.double()
         columns = torch.arange(p.shape[1], device=p.device) * BINS
-        index = (bins + columns).reshape(-1)
-        above = weights * (p > FLOOR)
-        for row, values in enumerate((torch.ones_like(p), p, y)):
-            self.sums[row].index_add_(0, index, (values * weights).reshape(-1))
-            self.above[row].index_add_(0, bins.reshape(-1), (values * above).reshape(-1))
-        self.squared += float(((p - y).square() * weights).sum())
+        bins = (p * BINS).long().clamp(max=BINS - 1)
+        self.sums += _binned((bins + columns)[known], p[known], outcomes[known], self.sums.shape[1])
+        above = known & (p > FLOOR)
+        self.above += _binned(bins[above], p[above], outcomes[above], BINS)
+        self.squared += float((p - outcomes.double())[known].square().sum())
 
     def result(self) -> dict[str, float]:
         """ece over all entries, its mean over labels, ece of entries above 0.1, Brier score.
@@ -53,3 +50,14 @@ def _error(sums: Tensor) -> Tensor:
     counts, p, y = sums
     error: Tensor = (p - y).abs().sum(-1) / counts.sum(-1)
     return error
+
+
+def _binned(bins: Tensor, p: Tensor, outcomes: Tensor, num_bins: int) -> Tensor:
+    """Counts, sums of probabilities and of outcomes per bin: float64 (3, bins)."""
+    return torch.stack(
+        [
+            torch.bincount(bins, minlength=num_bins).double(),
+            torch.bincount(bins, weights=p, minlength=num_bins),
+            torch.bincount(bins[outcomes], minlength=num_bins).double(),
+        ]
+    )

@@ -148,8 +148,16 @@ def _data(run: "Run") -> str:
         lines.append(f"- source: `{run.source['spec']}`")
     if run.source.get("format"):
         lines.append(f"- format: {run.source['format']}")
+    counts = run.source.get("counts", {})
+    if "samples" in counts:
+        by_size = sorted(counts["splits"].items(), key=lambda split: -split[1])
+        splits = ", ".join(f"{name or 'no split'} {n:,}" for name, n in by_size)
+        lines.append(
+            f"- {counts['samples']:,} samples ({splits}); {counts['images']:,} with an image, "
+            f"{counts['texts']:,} with a text, {counts['labelled']:,} labelled"
+        )
     for split, metrics in run.metrics.items():
-        lines.append(f"- {split}: {metrics['samples']:,} labelled samples")
+        lines.append(f"- measured on {split}: {metrics['samples']:,} labelled samples")
     for entry in run.recipe():
         spec = entry["context"].get("spec", "unknown backbone")
         fields = ", ".join(f"`{entry['alias']}/{name}`" for name in entry["fields"])

@@ -291,7 +291,8 @@ def _multiclass(logits: Tensor, targets: Tensor, label_set: Sequence[str]) -> di
     calibration.add(confidence[:, None], right, torch.ones_like(right))
     k = min(5, num_classes)
     truth = torch.nn.functional.one_hot(targets.long(), num_classes)
-    ranking = rank_labels(p, truth.to(torch.int8))
+    # Log-probabilities: those of a confident model do not tie.
+    ranking = rank_labels(logits.double().log_softmax(1), truth.to(torch.int8))
     in_top = (logits.topk(k, dim=1).indices == targets[:, None]).any(1)
     return {
         "labels": num_classes,

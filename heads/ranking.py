@@ -6,10 +6,11 @@ Targets are int8 in {-1, 0, 1}; -1 is unknown and left out.
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-# Entries ranked at once; a chunk needs about 60 bytes for each.
+# Entries ranked at once; a chunk needs up to 100 bytes for each.
 CHUNK_ENTRIES = 1 << 22
 # Micro-AUROC sorts every entry of the score matrix at once up to here, and bins them beyond.
 EXACT_ENTRIES = 1 << 27
@@ -124,33 +125,49 @@ def top_k_f1(scores: Tensor, targets: Tensor, k: int) -> dict[str, float]:
     }
 
 
+def sort_rows(values: Tensor) -> Tensor:
+    """Each row of (G, N) in ascending order, values only.
+
+    NumPy's vector sort takes 1/28 of the time of torch's on a CPU, which also sorts the places
+    (300,000 x 80 float32: 0.17 s, 4.9 s).
+    """
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.sort(values.contiguous().numpy(), axis=1))
+    return values.contiguous().sort(dim=1).values
+
+
+def sorted_positives(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of the positives of each group, ascending: (G, P) padded with +inf, and counts (G,).
+
+    P is the largest count.
+    """
+    counts = (targets == 1).sum(1)
+    widest = int(counts.max()) if len(counts) else 0
+    found = sort_rows(torch.where(targets == 1, scores, torch.inf))
+    return found[:, :widest].contiguous(), counts
+
+
 def _rank_groups(scores: Tensor, targets: Tensor) -> Ranking:
     """`Ranking` of groups given as rows: scores (G, N), targets (G, N).
 
-    Precision and the ROC curve are read only at the end of each block of equal scores, so the
-    order within a block does not matter.
+    Only positives are looked up among the sorted scores. Precision and the ROC curve are read at
+    the end of each block of equal scores, so the order within a block does not matter.
     """
-    if scores.shape[1] == 0:
-        nothing = scores.new_full((len(scores),), torch.nan, dtype=torch.float64)
-        return Ranking(nothing, nothing, torch.zeros_like(nothing), torch.zeros_like(nothing))
-    # Unknown entries form the last block and add to neither count.
-    scores = torch.where(targets >= 0, scores, -torch.inf)
-    scores, order = scores.sort(dim=1, descending=True)
-    hits = targets.gather(1, order)
-    tp = (hits == 1).cumsum(1, dtype=torch.float64)
-    fp = (hits == 0).cumsum(1, dtype=torch.float64)
-    last = torch.ones_like(hits, dtype=torch.bool)
-    last[:, :-1] = scores[:, 1:] != scores[:, :-1]
-    new_tp, new_fp = _since_last(tp, last), _since_last(fp, last)
-    positives, negatives = tp[:, -1], fp[:, -1]
-    ap = (new_tp * tp / (tp + fp).clamp(min=1)).sum(1) / positives
-    auroc = (new_fp * (tp - new_tp / 2)).sum(1) / (positives * negatives)
+    n = scores.shape[1]
+    known = (targets >= 0).sum(1)
+    # Unknown entries lie below everything.
+    ranked = sort_rows(torch.where(targets >= 0, scores, -torch.inf))
+    positive, counts = sorted_positives(scores, targets)
+    real = torch.arange(positive.shape[1], device=scores.device) < counts[:, None]
+    below = torch.searchsorted(ranked, positive)
+    not_above = torch.searchsorted(ranked, positive, right=True)
+    positives_below = torch.searchsorted(positive, positive)
+    positives_not_above = torch.searchsorted(positive, positive, right=True)
+    precision = (counts[:, None] - positives_below).double() / (n - below).clamp(min=1)
+    negatives_below = below - (n - known)[:, None] - positives_below
+    negatives_tied = not_above - below - (positives_not_above - positives_below)
+    wins = negatives_below.double() + negatives_tied.double() / 2
+    positives, negatives = counts.double(), (known - counts).double()
+    ap = torch.where(real, precision, 0.0).sum(1) / positives
+    auroc = torch.where(real, wins, 0.0).sum(1) / (positives * negatives)
     return Ranking(ap, auroc, positives, positives + negatives)
-
-
-def _since_last(counts: Tensor, last: Tensor) -> Tensor:
-    """Running counts (G, N) -> what each block added, at its last entry; 0 elsewhere."""
-    at_ends = torch.where(last, counts, 0.0)
-    before = torch.zeros_like(counts)
-    before[:, 1:] = at_ends.cummax(1).values[:, :-1]
-    return torch.where(last, counts - before, 0.0)

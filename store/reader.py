@@ -439,10 +439,10 @@ def _check_free(files: Files) -> None:
     """
     if isinstance(files, LocalFiles) and files.root.is_file():
         raise InputError(f"{files.url} is a file; choose another path for the store")
-    names = [name for name in files.names("") if not _LEFTOVER.fullmatch(name)]
+    names = _own_names(files, "")
     if ROOT in names:
         raise InputError(f"{files.url} holds a zarr node already; open it, or choose another path")
-    half_made = set(names) <= {FEATURES, SAMPLES} and set(files.names(FEATURES)) <= {ROOT}
+    half_made = set(names) <= {FEATURES, SAMPLES} and set(_own_names(files, FEATURES)) <= {ROOT}
     if half_made and SAMPLES in names:
         try:
             SamplesFile(files)
@@ -452,3 +452,7 @@ def _check_free(files: Files) -> None:
         raise InputError(
             f"{files.url} holds other files ({', '.join(names[:3])}); choose an empty or new path"
         )
+
+
+def _own_names(files: Files, key: str) -> list[str]:
+    return [name for name in files.names(key) if not _LEFTOVER.fullmatch(name)]

@@ -1,6 +1,7 @@
 """Which open_clip model and which weights a name stands for, and loading them."""
 
 import difflib
+import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -87,6 +88,12 @@ def _folder(name: str, folder: Path) -> Source:
         raise InputError(f"open_clip:{name}: no such folder: {folder}")
     if not (folder / CONFIG).is_file():
         raise InputError(f"open_clip:{name}: the folder holds no {CONFIG}")
+    try:
+        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"open_clip:{name}: {CONFIG} is not JSON: {one_line(error)}") from None
+    if not isinstance(settings, dict) or "model_cfg" not in settings:
+        raise InputError(f"open_clip:{name}: {CONFIG} has no model_cfg")
     files = sorted(file for pattern in _WEIGHTS for file in folder.glob(pattern))
     if not files:
         raise InputError(f"open_clip:{name}: the folder holds no weights ({', '.join(_WEIGHTS)})")
@@ -127,7 +134,7 @@ def load_model(source: Source, *, quick_gelu: bool) -> tuple[Any, dict[str, Any]
                 weights_only=True,
             )
     except Exception as error:  # a library's loader on files of any kind: no type can be named
-        raise InputError(f"open_clip:{source.name}: {_why(error)}") from error
+        raise InputError(f"open_clip:{source.name}: {_why(source, error)}") from error
     model_config = dict(model_config)
     model_config["quick_gelu"] = bool(
         model_config.get("quick_gelu") or quick_gelu or source.quick_gelu
@@ -135,7 +142,7 @@ def load_model(source: Source, *, quick_gelu: bool) -> tuple[Any, dict[str, Any]
     return model, model_config
 
 
-def _why(error: Exception) -> str:
+def _why(source: Source, error: Exception) -> str:
     """The reason on one line; state dict mismatches name a few keys of each kind."""
     text = str(error)
     if type(error).__name__ == "UnpicklingError":
@@ -144,7 +151,12 @@ def _why(error: Exception) -> str:
             "save its state_dict alone, or as safetensors"
         )
     if "state_dict" not in text:
-        return one_line(error) + (offline_hint() if isinstance(error, RuntimeError) else "")
+        if source.model.startswith("hf-hub:"):
+            return (
+                f"not on this machine and cannot be fetched{offline_hint()}; check the name, go "
+                f"online once, or give a local folder: {one_line(error, 160)}"
+            )
+        return f"the weights cannot be read: {one_line(error)}"
     reasons = []
     for kind, keys in re.findall(r"(Missing|Unexpected) key\(s\) in state_dict: (.*)", text):
         names = re.findall(r'"([^"]+)"', keys)

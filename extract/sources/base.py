@@ -1,5 +1,6 @@
 """What the parts of a source hand to each other."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -14,6 +15,17 @@ Task = Literal["binary", "multiclass", "multilabel"]
 
 NO_COLUMN = "-"
 """As a column option: the source has no such column, whatever its header says."""
+
+
+def shown(name: str) -> str:
+    """A name from a file as it stands in a message: short, on one line."""
+    short = name if len(name) <= 60 else name[:57] + "..."
+    return short if short.isprintable() else repr(short)
+
+
+def listed(names: Sequence[str], limit: int = 20) -> str:
+    """The first names, for a message."""
+    return ", ".join(map(shown, names[:limit])) + (", ..." if len(names) > limit else "")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """From the records of one or more files to the table of samples."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mmc.extract.sources import columns, splits
-from mmc.extract.sources.base import Part, Samples, SourceOptions
+from mmc.extract.sources.base import Part, Samples, SourceOptions, shown
 from mmc.extract.sources.columns import Roles
 from mmc.extract.sources.ids import check_filled, check_unique, find_ids
 from mmc.extract.sources.images import ImageColumn, Located, Where, locate_images
@@ -33,41 +34,36 @@ def build(spec: str, parts: Sequence[Part], options: SourceOptions) -> Samples:
     Raises:
         InputError: see the steps; the message names the file and line.
     """
-    notes = [note for part in parts for note in part.records.notes]
-    warnings = [warning for part in parts for warning in part.records.warnings]
-    names = {part.records.where: part.records.columns.column_names for part in parts}
+    _tell_apart(parts)
+    where = _Lines(parts)
     roles = [
         columns.recognise(part.records.columns.column_names, options, part.records.where)
         for part in parts
     ]
-    columns.check_asked(names, roles, options)
+    columns.check_asked(
+        [(part.records.where, part.records.columns.column_names) for part in parts], roles, options
+    )
     header = _header_names(roles)
     form = _form(parts[0].format, header)
-    notes = [_format_line(parts, form, header), *notes]
+    notes = [_format_line(parts, form, header)]
+    notes += [note for part in parts for note in part.records.notes]
     notes += dict.fromkeys(note for role in roles for note in role.notes)
-
-    def where(row: int) -> str:
-        for part in parts:
-            if row < len(part):
-                return part.where(row)
-            row -= len(part)
-        raise IndexError(row)
 
     text = _joined([text_of(part, role, options) for part, role in zip(parts, roles, strict=True)])
     images = _images(parts, roles, text, options)
     image = _joined(images.columns)
-    ids = find_ids(parts, roles, _joined(images.columns), notes)
+    ids = find_ids(parts, roles, image, notes)
     check_filled(ids, where)
     split = _splits(parts, roles)
     labels = _labels(parts, roles, split, options, where)
     split = _default_split(split, labels, notes)
     if options.split_by is not None:
-        split = _divided(split, ids, labels, options.split_by, notes)
-    notes += [*images.notes, *labels.notes]
-    warnings += [*images.warnings, *labels.warnings]
+        # Captions of one picture stay together where nothing but the picture names them.
+        by = image if all(role.id is None for role in roles) and not image.null_count else ids
+        split = _divided(split, by, labels, options.split_by, notes)
     core = {
         "id": ids,
-        "split": split,
+        "split": pa.array(split, pa.string()),
         "labels": labels.column,
         "text": text,
         "image": image,
@@ -77,9 +73,7 @@ def build(spec: str, parts: Sequence[Part], options: SourceOptions) -> Samples:
     if any(_is_format_column(part, "size") for part in parts):
         core["size"] = _whole_numbers(parts, "size")
     counts = _counts(core, images.missing)
-    notes.append(_count_line(counts))
-    if options.split_by is None and labels.names and "val" not in counts["splits"]:
-        notes.append("no val split: give --split-by hash:0.9,0.1 to take it from train")
+    notes += [*images.notes, *labels.notes, *_count_lines(counts, labels, options)]
     source = {
         "spec": spec,
         "format": parts[0].format,
@@ -96,8 +90,34 @@ def build(spec: str, parts: Sequence[Part], options: SourceOptions) -> Samples:
         task=labels.task,
         source=source,
         notes=notes,
-        warnings=warnings,
+        warnings=[
+            *(warning for part in parts for warning in part.records.warnings),
+            *images.warnings,
+            *labels.warnings,
+        ],
     )
+
+
+def _tell_apart(parts: Sequence[Part]) -> None:
+    """Put the folder before the names of files that are called the same."""
+    names = [part.records.where for part in parts]
+    for part, name in zip(parts, names, strict=True):
+        if names.count(name) > 1:
+            part.records.where = os.path.join(os.path.basename(part.records.folder), name)
+
+
+class _Lines:
+    """`file:line` of a row of the joined table."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = parts
+
+    def __call__(self, row: int) -> str:
+        for part in self._parts:
+            if row < len(part):
+                return part.where(row)
+            row -= len(part)
+        raise IndexError(row)
 
 
 def _joined(arrays: Sequence[pa.ChunkedArray]) -> pa.ChunkedArray:
@@ -128,7 +148,7 @@ def _format_line(parts: Sequence[Part], form: str, header: dict[str, str | None]
     for role, name in header.items():
         if name is not None:
             used.setdefault(name, []).append(role)
-    shown = "; ".join(f"{' and '.join(roles)} from {name}" for name, roles in used.items())
+    shown = "; ".join(f"{' and '.join(roles)} from {shown(name)}" for name, roles in used.items())
     return f"format: {named}{' and '.join(kinds)} ({shown})"
 
 
@@ -200,7 +220,7 @@ def _default_split(
 
 def _divided(
     split: NDArray[np.object_],
-    ids: pa.ChunkedArray,
+    names: pa.ChunkedArray,
     labels: Labels,
     split_by: str,
     notes: list[str],
@@ -210,7 +230,7 @@ def _divided(
     rows = np.flatnonzero((split == "train") | (split == ""))
     take = pa.array(rows)
     if method == "hash":
-        parts = splits.by_hash(ids.take(take).to_pylist(), shares)
+        parts = splits.by_hash(names.take(take).to_pylist(), shares)
     else:
         parts = splits.stratified(
             [cell or [] for cell in labels.column.take(take).to_pylist()], shares
@@ -266,7 +286,7 @@ def _other_columns(
 
 
 def _counts(core: dict[str, Any], missing: int) -> dict[str, Any]:
-    names, numbers = np.unique(core["split"].astype(str), return_counts=True)
+    names, numbers = np.unique(core["split"].to_pylist(), return_counts=True)
     return {
         "samples": len(core["id"]),
         "images": len(core["image"]) - core["image"].null_count,
@@ -277,9 +297,12 @@ def _counts(core: dict[str, Any], missing: int) -> dict[str, Any]:
     }
 
 
-def _count_line(counts: dict[str, Any]) -> str:
+def _count_lines(counts: dict[str, Any], labels: Labels, options: SourceOptions) -> list[str]:
     divided = ", ".join(f"{name or 'no split'} {count}" for name, count in counts["splits"].items())
-    return (
+    lines = [
         f"{counts['samples']} samples ({divided}); {counts['images']} with an image,"
         f" {counts['texts']} with a text, {counts['labelled']} labelled"
-    )
+    ]
+    if options.split_by is None and labels.names and "val" not in counts["splits"]:
+        lines.append("no val split: give --split-by hash:0.9,0.1 to take it from train")
+    return lines

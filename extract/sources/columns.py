@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mmc.extract.sources.base import NO_COLUMN, SourceOptions
+from mmc.extract.sources.base import NO_COLUMN, SourceOptions, listed
 from mmc.store.errors import InputError
 
 ROLES = ("id", "image", "text", "labels", "split")
@@ -74,8 +74,7 @@ def find_column(names: Sequence[str], wanted: str) -> str | None:
 def missing_column(where: str, wanted: str, names: Sequence[str], option: str) -> InputError:
     """The error for a column that is asked for and not there."""
     return InputError(
-        f"{where} has no column {wanted!r} (--{option.replace('_', '-')}); it has: "
-        + ", ".join(names)
+        f"{where} has no column {wanted!r} (--{option.replace('_', '-')}); it has: {listed(names)}"
     )
 
 
@@ -97,7 +96,7 @@ def recognise(names: Sequence[str], options: SourceOptions, where: str) -> Roles
             found[role], others = _by_name(names, _KNOWN[role])
             if others:
                 notes.append(
-                    f"{role}: from column {found[role]!r}, not {', '.join(map(repr, others))};"
+                    f"{role}: from column {found[role]!r}, not {listed(others)};"
                     f" choose with --{_OPTION[role].replace('_', '-')}"
                 )
     if options.image_column is None and found["image"] is None and options.image_root is not None:
@@ -110,7 +109,7 @@ def recognise(names: Sequence[str], options: SourceOptions, where: str) -> Roles
             if asked not in (None, NO_COLUMN):
                 raise missing_column(where, asked, names, option)
         raise InputError(
-            f"{where}: no column for images or texts among {', '.join(map(repr, names))}; name them"
+            f"{where}: no column for images or texts among {listed(names)}; name them"
             " with --image-column and --text-column (is the header line missing?)"
         )
     sure = image is not None and (
@@ -131,9 +130,12 @@ def _by_name(names: Sequence[str], known: Sequence[str]) -> tuple[str | None, li
 
 
 def check_asked(
-    names_by_file: dict[str, Sequence[str]], roles: Sequence[Roles], options: SourceOptions
+    files: Sequence[tuple[str, Sequence[str]]], roles: Sequence[Roles], options: SourceOptions
 ) -> None:
     """Columns that the options name must exist: labels and split in one file, the others in all.
+
+    Args:
+        files: (name for messages, header names) of each.
 
     Raises:
         InputError: a column is not there; the message lists those that are.
@@ -143,10 +145,9 @@ def check_asked(
         if asked in (None, NO_COLUMN):
             continue
         lacking = [
-            where
-            for where, found in zip(names_by_file, roles, strict=True)
-            if getattr(found, role) is None
+            file for file, found in zip(files, roles, strict=True) if getattr(found, role) is None
         ]
         enough = len(lacking) < len(roles) if role in ("labels", "split") else not lacking
         if not enough:
-            raise missing_column(lacking[0], asked, names_by_file[lacking[0]], _OPTION[role])
+            where, names = lacking[0]
+            raise missing_column(where, asked, names, _OPTION[role])

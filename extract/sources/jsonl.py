@@ -83,6 +83,8 @@ class _Parser:
                 f"{self.where}:{number} is not valid JSON: {reason}; correct this line"
             ) from None
         if isinstance(value, dict):
+            if not value:
+                raise InputError(f"{self.where}:{number} is an empty object; remove the line")
             return value
         if isinstance(value, list):
             raise self._array(number)

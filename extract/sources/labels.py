@@ -1,11 +1,4 @@
-"""Labels: what separates them in a cell, what they are called, which task they make.
-
-**Separator**, when none is given. JSON or Python lists are taken as lists. Cells of integers only
-may be divided by space, comma, semicolon or pipe (the Kaggle form). Otherwise `|` or `;` anywhere
-is the separator. A comma may be part of a name, so it needs evidence: half of the cells with
-commas must share a part with another cell in which that part stands at another place (alone, first
-or later), as in "Action, Comedy" and "Comedy, Drama" but not in "Portland, Oregon" and "Portland,
-Maine". Names are never divided at spaces unless told.
+"""Labels: what they are called, which rows have none, which task they make.
 
 **Names** are kept as written, without outer spaces: NA, None and 007 are names. Repeats count once,
 empty parts are dropped. Where all names are integers, 1.0 is 1, and 01 is 1 if 1 occurs too.
@@ -19,11 +12,7 @@ task and unlabelled in a single-label one.
 or there is only one label. Else binary with exactly two labels, multiclass with more.
 """
 
-import ast
-import json
 import re
-import warnings
-from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,12 +23,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from mmc.extract.sources.base import listed
+from mmc.extract.sources.label_cells import INTEGER, Cells
 from mmc.store.errors import InputError
-
-_INTEGER = re.compile(r"-?\d+(\.0+)?")
-_INTEGERS = re.compile(r"[\s,;|]*-?\d+(\.0+)?([\s,;|]+-?\d+(\.0+)?)*[\s,;|]*")
-_ANY = re.compile(r"[\s,;|]+")
-_HINT_SHARE = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +83,12 @@ def read_labels(
         return where(int(np.flatnonzero(codes == code)[0]))
 
     used = np.bincount(codes[codes >= 0], minlength=len(texts)) > 0
-    split = _Cells([text if use else "" for text, use in zip(texts, used, strict=True)], place)
-    parts = split.parts(separator)
+    cut = Cells([text if use else "" for text, use in zip(texts, used, strict=True)], place)
+    parts = cut.parts(separator)
     spellings, notes = _one_spelling(parts)
     names = natural_order(set(spellings.values()))
     lengths = np.array([len({spellings[part] for part in cell}) for cell in parts])
-    found = _task(names, lengths, split.several)
+    found = _task(names, lengths, cut.several)
     if task is not None:
         _check_task(task, names, lengths, place)
         found = task
@@ -113,9 +99,9 @@ def read_labels(
     result = Labels(
         names=names,
         task=found,
-        separator=split.separator,
+        separator=cut.separator,
         column=_column(parts, spellings, names, np.where(known, codes, -1)),
-        notes=[*split.notes, *notes],
+        notes=[*cut.notes, *notes],
     )
     _say(result, int(nothing.sum()), known)
     return result
@@ -123,7 +109,7 @@ def read_labels(
 
 def natural_order(names: set[str]) -> tuple[str, ...]:
     """Numbers by value, words by letter: 2 before 10, `a2` before `a10`."""
-    if all(_INTEGER.fullmatch(name) for name in names):
+    if all(INTEGER.fullmatch(name) for name in names):
         return tuple(sorted(names, key=lambda name: (float(name), name)))
     return tuple(natsort.natsorted(sorted(names)))
 
@@ -138,136 +124,11 @@ def _in_empty_group(
     return result
 
 
-class _Cells:
-    """The distinct label cells of a source and how they are divided."""
-
-    def __init__(self, texts: Sequence[str], place: Callable[[int], str]) -> None:
-        self.texts = [text.strip() for text in texts]
-        self.separator: str | None = None
-        self.several = False
-        """A separator or a list was seen: more than one label is meant to be possible."""
-        self.notes: list[str] = []
-        self._place = place
-
-    def parts(self, separator: str | None) -> list[list[str]]:
-        """The labels in each cell, as written."""
-        with warnings.catch_warnings():
-            # A backslash in a cell is no reason to warn about Python's string escapes.
-            warnings.simplefilter("ignore", SyntaxWarning)
-            lists = [self._listed(code, text) for code, text in enumerate(self.texts)]
-        plain = [text for text, listed in zip(self.texts, lists, strict=True) if listed is None]
-        divide = self._divider([text for text in plain if text], separator)
-        result = []
-        for text, listed in zip(self.texts, lists, strict=True):
-            self.several |= listed is not None
-            result.append(divide(text) if listed is None else listed)
-        return result
-
-    def _listed(self, code: int, text: str) -> list[str] | None:
-        """The items of a JSON or Python list; None when the cell is not one."""
-        if (text[:1], text[-1:]) not in (("[", "]"), ("{", "}")):
-            return None
-        value = _literal(text)
-        if isinstance(value, dict):
-            raise InputError(
-                f"{self._place(code)}: the label is an object, {text[:60]}; give a text, a number"
-                " or a list of them"
-            )
-        if not isinstance(value, list):
-            return None
-        return [item for item in (self._item(code, item) for item in value) if item]
-
-    def _item(self, code: int, value: Any) -> str:
-        if isinstance(value, bool):
-            return str(value).lower()
-        if not isinstance(value, str | int | float):
-            raise InputError(
-                f"{self._place(code)}: {value!r} in the list of labels is no label; use texts or"
-                " numbers"
-            )
-        return str(value).strip()
-
-    def _divider(self, texts: list[str], separator: str | None) -> Callable[[str], list[str]]:
-        if separator is not None:
-            self.separator = separator
-            self.several = True
-        elif texts and all(_INTEGERS.fullmatch(text) for text in texts):
-            seen = Counter(
-                found.strip()[:1] or " " for text in texts for found in _ANY.findall(text)
-            )
-            if seen:
-                self.several = True
-                self.separator = seen.most_common(1)[0][0]
-            return lambda text: [part for part in _ANY.split(text) if part]
-        else:
-            self.separator = self._recognise(texts)
-        if self.separator is None:
-            return lambda text: [text] if text else []
-        self.several |= any(self.separator in text for text in texts)
-        return self._split
-
-    def _split(self, text: str) -> list[str]:
-        assert self.separator is not None
-        # A space stands for any run of white space.
-        pieces = text.split(self.separator.strip() or None)
-        return [piece.strip() for piece in pieces if piece.strip()]
-
-    def _recognise(self, texts: list[str]) -> str | None:
-        for separator in ("|", ";"):
-            if any(separator in text for text in texts):
-                return separator
-        with_comma = sum("," in text for text in texts)
-        if with_comma:
-            if _shared(texts, ",") * 2 >= with_comma:
-                return ","
-            self.notes.append(
-                f"labels: commas taken as part of the names ({with_comma} names have one); if they"
-                " separate labels, give --label-separator ,"
-            )
-            return None
-        words = {word for text in texts for word in text.split()}
-        if len(texts) >= _HINT_SHARE * len(words):
-            self.notes.append(
-                f"labels: {len(texts)} names made of only {len(words)} words; if spaces separate"
-                ' labels, give --label-separator " "'
-            )
-        return None
-
-
-def _shared(texts: list[str], separator: str) -> int:
-    """How many of the divided texts share a part with another text where it stands elsewhere."""
-    divided = {text: [part.strip() for part in text.split(separator)] for text in texts}
-    places = defaultdict(set)
-    for parts in divided.values():
-        for at, part in enumerate(parts):
-            places[part].add(_position(at, parts))
-    several = [parts for parts in divided.values() if len(parts) > 1]
-    return sum(any(len(places[part]) > 1 for part in parts if part) for parts in several)
-
-
-def _position(at: int, parts: Sequence[str]) -> str:
-    if len(parts) == 1:
-        return "alone"
-    return "later" if at else "first"
-
-
-def _literal(text: str) -> Any:
-    """A JSON value, else a Python literal; None when it is neither."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return None
-
-
 def _one_spelling(parts: Sequence[Sequence[str]]) -> tuple[dict[str, str], list[str]]:
     """The name of each spelling: integers may be written 1.0, and 01 beside 1."""
     written = {part for cell in parts for part in cell}
     same = {name: name for name in written}
-    if not all(_INTEGER.fullmatch(name) for name in written):
+    if not all(INTEGER.fullmatch(name) for name in written):
         return same, []
     whole = {name: name.partition(".")[0] for name in written}
     present = set(whole.values())
@@ -277,7 +138,7 @@ def _one_spelling(parts: Sequence[Sequence[str]]) -> tuple[dict[str, str], list[
     changed = sorted(name for name in written if same[name] != name)
     if not changed:
         return same, []
-    return same, [f"labels: {', '.join(f'{name} read as {same[name]}' for name in changed[:5])}"]
+    return same, [f"labels: {listed([f'{name} read as {same[name]}' for name in changed], 5)}"]
 
 
 def _task(names: Sequence[str], lengths: NDArray[np.int64], several: bool) -> str:
@@ -300,11 +161,11 @@ def _check_task(
     if task == "binary" and len(names) != 2:
         raise InputError(
             f"task binary needs exactly 2 labels and the source has {len(names)}:"
-            f" {', '.join(names[:8])}; leave --task out to have it recognised"
+            f" {listed(names, 8)}; leave --task out to have it recognised"
         )
     if len(names) < 2:
         raise InputError(
-            f"task multiclass needs 2 labels or more and the source has only {', '.join(names)}"
+            f"task multiclass needs 2 labels or more and the source has only {listed(names)}"
         )
 
 
@@ -334,8 +195,7 @@ def _say(labels: Labels, empty_cells: int, known: NDArray[np.bool_]) -> None:
     """Add to the notes and warnings what the user should hear."""
     names, notes = labels.names, labels.notes
     how = f", separated by {labels.separator!r}" if labels.separator else ""
-    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    notes.append(f"task: {labels.task}, {len(names)} labels ({shown}){how}")
+    notes.append(f"task: {labels.task}, {len(names)} labels ({listed(names, 5)}){how}")
     if empty_cells:
         meaning = "none of the labels" if labels.task == "multilabel" else "unlabelled"
         notes.append(f"labels: {empty_cells} empty cells read as {meaning}")

@@ -43,7 +43,7 @@ def safe_path(image: str, root: str, allow_absolute: bool = False) -> str:
         inside = os.path.relpath(path, root)
         if not _climbs(inside):
             return inside
-    elif not _climbs(path) and not _climbs(path.replace("\\", "/")) and not _DRIVE.match(path):
+    elif not _climbs(path) and not _climbs(_slashed(path)) and not _DRIVE.match(path):
         return path
     if allow_absolute:
         return os.path.normpath(os.path.join(root, path))
@@ -117,5 +117,10 @@ def choose_root(candidates: Iterable[str], first_images: Sequence[str]) -> Listi
     )
 
 
+def _slashed(path: str) -> str:
+    """What a path written on Windows means here."""
+    return posixpath.normpath(path.replace("\\", "/"))
+
+
 def _climbs(path: str) -> bool:
-    return path == ".." or path.startswith("../")
+    return path == ".." or path.startswith(("../", "/"))

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from mmc.extract import sources
-from mmc.extract.sources.base import Format, Part, Samples, SourceOptions
+from mmc.extract.sources.base import Format, Part, Samples, SourceOptions, listed
 from mmc.extract.sources.build import build
 from mmc.extract.sources.splits import normalise, split_named
 from mmc.store.errors import InputError
@@ -144,8 +144,7 @@ def _only(names: Sequence[str], folder: str) -> str:
             f"{folder} holds no table that mmc reads; give a file, or a folder with train, val and"
             " test files"
         )
-    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     raise InputError(
-        f"{folder} holds several tables ({shown}) and none is named train, val or test; name the"
+        f"{folder} holds several tables ({listed(names, 5)}) and none is named train, val or test; name the"
         " files: train=...,val=...,test=..."
     )

@@ -53,7 +53,7 @@ class BCE(Loss):
         weights = self.weights.to(logits.dtype) if self.weighted else None
         # Masking costs a tenth of a linear head's step on a CPU, so look first; on other devices
         # looking would wait for the device, and masking is cheap.
-        if targets.device.type == "cpu" and not bool((targets < 0).any()):
+        if targets.device.type == "cpu" and targets.numel() and targets.min() >= 0:
             return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights)
         known = (targets >= 0).to(logits.dtype)
         total = F.binary_cross_entropy_with_logits(

@@ -1,12 +1,16 @@
 """What a SOURCE may be, which columns it has, ids and splits."""
 
+import csv
 import json
 import sys
+import tempfile
 import types
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mmc.extract.sources import SOURCES, Records, SourceOptions, read_source
 from mmc.store.errors import InputError
@@ -215,7 +219,7 @@ def test_columns_can_be_switched_off(tmp_path):
 
 def test_neither_image_nor_text(tmp_path):
     path = write(tmp_path / "t.csv", "id,year\n1,1999\n")
-    with pytest.raises(InputError, match="no column for images or texts among 'id', 'year'"):
+    with pytest.raises(InputError, match="no column for images or texts among id, year"):
         read_source(path)
 
 
@@ -337,3 +341,41 @@ def test_real_sets(shared_data):
     latin = read_source(str(folder / "MovieGenre_latin1.csv"), options)
     assert latin.table.drop_columns("text") == genres.table.drop_columns("text")
     assert latin.table["text"] == genres.table["text"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    header=st.permutations(["id", "image", "text", "label", "split", "x"]),
+    data=st.lists(
+        st.lists(st.sampled_from([*"ab12", "", "a|b", "1 2", "../x", "[1]", "{}", "a\nb"]), min_size=6, max_size=6),
+        min_size=1,
+        max_size=5,
+    ),
+    options=st.fixed_dictionaries(
+        {
+            "task": st.sampled_from([None, "binary", "multilabel"]),
+            "split_by": st.sampled_from([None, "hash:0.5,0.5", "stratified:0.5,0.2,0.3"]),
+            "label_separator": st.sampled_from([None, "|", " "]),
+            "image_column": st.sampled_from([None, "-"]),
+        }
+    ),
+)  # fmt: skip
+def test_any_table_makes_samples_or_one_line(header, data, options):
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "a").write_bytes(b"x")
+        with open(Path(folder, "t.csv"), "w", newline="") as file:
+            csv.writer(file).writerows([header, *data])
+        message = ""
+        try:
+            samples = read_source(f"{folder}/t.csv", SourceOptions(**options))
+        except InputError as error:
+            message = str(error)
+        else:
+            assert 0 < len(samples.table) <= len(data)
+            assert len(set(samples.table["id"].to_pylist())) == len(samples.table)
+            named = [name for cell in labels_of(samples) for name in cell or []]
+            assert set(named) == set(samples.label_set)
+            if samples.task in ("binary", "multiclass"):
+                assert all(cell is None or len(cell) == 1 for cell in labels_of(samples))
+            assert not any("\n" in line for line in [*samples.notes, *samples.warnings])
+        assert "\n" not in message

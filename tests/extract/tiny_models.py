@@ -69,7 +69,10 @@ def _build_open_clip(config: dict) -> nn.Module:
     import open_clip
 
     config = json.loads(json.dumps(config))
-    if config.pop("custom_text", False):
+    hf_text = "hf_model_name" in config["text_cfg"]
+    if hf_text:
+        config["text_cfg"]["hf_model_pretrained"] = False
+    if config.pop("custom_text", False) or hf_text:
         kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
     else:
         kind = open_clip.CLIP

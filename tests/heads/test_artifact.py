@@ -23,7 +23,14 @@ MakeRun = Callable[..., Run]
 @pytest.fixture
 def saved(make_store: MakeStore, make_run: MakeRun, tmp_path: Path) -> Path:
     """A saved run with everything in it."""
-    store = make_store()
+    counts = {
+        "samples": 1060,
+        "images": 1000,
+        "texts": 950,
+        "labelled": 1059,
+        "splits": {"train": 1030, "": 30},
+    }
+    store = make_store(source={"counts": counts})
     run = make_run(
         store,
         thresholds=Thresholds(
@@ -220,6 +227,7 @@ def test_model_card_says_how_good_on_what_and_how(saved: Path) -> None:
     assert "| sea, sky |" in card
     missing = run.metrics["test"]["per_label"]["positives"].count(0)
     assert f"Without any sample in `test`: {missing}." in card
+    assert "1,060 samples (train 1,030, no split 30); 1,000 with an image" in card
     assert "mmc predict" in card
     assert "open_clip:tiny" in card
     assert run.features["image"].fingerprint in card

@@ -8,16 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mmc.heads import cuts as search
 from mmc.heads import thresholds
-from mmc.heads.thresholds import (
-    HIGHEST,
-    LOWEST,
-    Thresholds,
-    decide,
-    objective_value,
-    per_label_cuts,
-    tune,
-)
+from mmc.heads.cuts import HIGHEST, LOWEST, per_label
+from mmc.heads.thresholds import Thresholds, decide, objective_value, tune
 
 HALF = torch.tensor(0.5, dtype=torch.float64)
 
@@ -59,7 +53,7 @@ def test_per_label_equals_brute_force(
     scores = torch.tensor(data[0], dtype=torch.float64)
     truth = torch.tensor(data[1], dtype=torch.int8)
     common = HALF.expand(scores.shape[1])
-    cuts = per_label_cuts(scores, truth, objective, common)
+    cuts = per_label(scores, truth, objective, common)
     assert ((cuts >= LOWEST) & (cuts <= HIGHEST)).all()
     best = max(
         objective_value(scores >= torch.tensor(grid).double(), truth, objective, binary=False)
@@ -101,7 +95,7 @@ def test_samples_ascent_never_falls_below_where_it_starts() -> None:
         p, targets = problem(80, 6, seed, shift=1.0)
         scores = p.double()
         start = HALF.expand(6)
-        cuts = per_label_cuts(scores, targets, "samples", start)
+        cuts = per_label(scores, targets, "samples", start)
         before = objective_value(scores >= start, targets, "samples", binary=False)
         after = objective_value(scores >= cuts, targets, "samples", binary=False)
         assert after > before
@@ -110,7 +104,7 @@ def test_samples_ascent_never_falls_below_where_it_starts() -> None:
 def test_the_fine_grid_is_near_the_exact_search(monkeypatch: pytest.MonkeyPatch) -> None:
     p, targets = problem(300, 3, 0, shift=-2.0)
     exact = thresholds._fit_global(p.double(), targets, "micro", False)
-    monkeypatch.setattr(thresholds, "MAX_CUTS", 5)
+    monkeypatch.setattr(search, "MAX_CUTS", 5)
     grid = thresholds._fit_global(p.double(), targets, "micro", False)
     values = [
         objective_value(p.double() >= cuts, targets, "micro", binary=False)
@@ -174,7 +168,7 @@ def test_shrinkage_is_the_weighted_mean() -> None:
     p, targets = problem(500, 2, 6, shift=-1.0)
     scores = p.double()
     common = thresholds._fit_global(scores, targets, "macro", False)
-    own = per_label_cuts(scores, targets, "macro", common)
+    own = per_label(scores, targets, "macro", common)
     n = targets.sum(0).double()
     expected = (n * own + 20 * common) / (n + 20)
     found = thresholds._PerLabel(10, 20.0)(scores, targets, "macro", False)
@@ -189,8 +183,8 @@ def test_ties_go_to_the_cut_nearest_the_common_one() -> None:
     truth = torch.tensor([[1], [0], [0], [1], [0]], dtype=torch.int8)
     f1 = [objective_value(scores >= cut, truth, "macro", binary=False) for cut in (0.15, 0.85)]
     assert f1 == [pytest.approx(2 / 3)] * 2
-    low = per_label_cuts(scores, truth, "macro", torch.tensor([0.1], dtype=torch.float64))
-    high = per_label_cuts(scores, truth, "macro", torch.tensor([0.9], dtype=torch.float64))
+    low = per_label(scores, truth, "macro", torch.tensor([0.1], dtype=torch.float64))
+    high = per_label(scores, truth, "macro", torch.tensor([0.9], dtype=torch.float64))
     assert (float(low), float(high)) == (pytest.approx(0.15), pytest.approx(0.85))
 
 

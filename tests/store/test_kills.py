@@ -7,8 +7,8 @@ gets there), a rename, a sync of a folder, a removal, or the put, copy or remova
 import contextlib
 import io
 import itertools
+import shutil
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -157,8 +157,7 @@ class StoreMachine(RuleBasedStateMachine):
         return f"{self.folder.name}/s"
 
     def teardown(self) -> None:
-        if hasattr(self, "folder"):
-            self.folder.cleanup()
+        self.folder.cleanup()
 
     @initialize(rows=st.integers(0, 12), kill=kills)
     def create(self, rows: int, kill: int | None) -> None:
@@ -193,6 +192,8 @@ class StoreMachine(RuleBasedStateMachine):
         new = Model({name: dict(row) for name, row in old.rows.items()}, set(old.must))
         names = st.sampled_from(sorted(new.rows)) if new.rows else st.nothing()
         picks = st.sets(names, max_size=3) if new.rows else st.just(set())
+        for name in data.draw(picks):
+            new.rows[name]["gone"] = not new.rows[name]["gone"]
         for key, tower in (("image_key", "image"), ("text_key", "text")):
             for name in data.draw(picks):
                 if not new.rows[name]["gone"]:
@@ -202,8 +203,6 @@ class StoreMachine(RuleBasedStateMachine):
             if not new.rows[name]["gone"]:
                 new.rows[name]["labels"] = sorted(data.draw(st.sets(st.integers(0, 2))))
                 new.rows[name]["split"] = data.draw(st.sampled_from(["train", "val"]))
-        for name in data.draw(picks):
-            new.rows[name]["gone"] = not new.rows[name]["gone"]
         for _ in range(added):
             new.rows[f"s{self.next}"] = self.fresh(self.next)
             self.next += 1
@@ -299,7 +298,10 @@ class MemoryMachine(StoreMachine):
     """The same in an object store."""
 
     def new_path(self) -> str:
-        return f"memory://{uuid.uuid4()}"
+        return "memory://machine"
+
+    def teardown(self) -> None:
+        MemoryFileSystem.store.clear()
 
 
 SETTINGS = settings(max_examples=12, stateful_step_count=12, deadline=None)
@@ -309,26 +311,59 @@ TestMemory = MemoryMachine.TestCase
 TestMemory.settings = SETTINGS
 
 
-def every_kill(prepare: Callable[[], str], operation: Callable[[str], None]) -> Iterator[str]:
-    """Paths of stores whose ``operation`` was killed at its first, second, … last step."""
-    path = prepare()
+class Place:
+    """Where the stores of a test are; one at a time, so that listing stays quick."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.path = f"{folder}/now" if folder else "memory://now"
+
+    def clear(self) -> None:
+        if self.folder:
+            shutil.rmtree(self.path, ignore_errors=True)
+        else:
+            MemoryFileSystem.store.clear()
+            MemoryFileSystem.pseudo_dirs[:] = [""]
+
+    def save(self) -> Any:
+        """Everything as it is now."""
+        if not self.folder:
+            return {path: file.getvalue() for path, file in MemoryFileSystem.store.items()}
+        if Path(self.path).exists():
+            shutil.copytree(self.path, self.folder / "saved")
+        return None
+
+    def restore(self, saved: Any) -> None:
+        """Everything as it was."""
+        self.clear()
+        if not self.folder:
+            for path, data in saved.items():
+                MemoryFileSystem().pipe_file(path, data)
+        elif (self.folder / "saved").exists():
+            shutil.copytree(self.folder / "saved", self.path)
+
+
+def every_kill(place: Place, operation: Callable[[str], Any]) -> Iterator[str]:
+    """The path after ``operation`` was killed at its first, second, … last step."""
+    saved = place.save()
     with killing(None) as killer:
-        operation(path)
-    assert killer.steps > 3
+        operation(place.path)
+    assert killer.steps >= 3
     for step in range(killer.steps):
-        path = prepare()
+        place.restore(saved)
         with killing(step) as killer:
-            operation(path)
+            operation(place.path)
         assert killer.steps == step + 1
-        yield path
+        yield place.path
 
 
 @pytest.fixture(params=["local", "memory"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], str]:
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     """Gives a new path each time."""
-    if request.param == "local":
-        return lambda: f"{tmp_path}/{uuid.uuid4()}"
-    return lambda: f"memory://{uuid.uuid4()}"
+    place = Place(tmp_path if request.param == "local" else None)
+    place.clear()
+    yield place
+    place.clear()
 
 
 def make(path: str) -> None:
@@ -344,25 +379,16 @@ def extract(path: str) -> None:
         writer.write_label_text(LABELS, np.ones((3, 2)), "{label}")
 
 
-def prepared(place: Callable[[], str], *operations: Callable[[str], Any]) -> Callable[[], str]:
-    def prepare() -> str:
-        path = place()
-        for operation in operations:
-            operation(path)
-        return path
-
-    return prepare
-
-
-def test_create_is_killed_anywhere(place: Callable[[], str]) -> None:
+def test_create_is_killed_anywhere(place: Place) -> None:
     for path in every_kill(place, make):
         with contextlib.suppress(MmcError):
             make(path)
         assert len(check_truth(path)) == 10
 
 
-def test_extract_is_killed_anywhere(place: Callable[[], str]) -> None:
-    for path in every_kill(prepared(place, make), extract):
+def test_extract_is_killed_anywhere(place: Place) -> None:
+    make(place.path)
+    for path in every_kill(place, extract):
         check_truth(path)
         extract(path)
         store = check_truth(path)
@@ -371,7 +397,7 @@ def test_extract_is_killed_anywhere(place: Callable[[], str]) -> None:
         assert store.label_text(ALIAS) is not None
 
 
-def test_sync_is_killed_anywhere(place: Callable[[], str]) -> None:
+def test_sync_is_killed_anywhere(place: Place) -> None:
     keys = [f"i{number}" for number in range(10)]
     keys[3], keys[9] = "new", "new too"
     table = samples_table(range(12), image_key=[*keys, "i10", "i11"])
@@ -380,7 +406,9 @@ def test_sync_is_killed_anywhere(place: Callable[[], str]) -> None:
         store = EmbeddingStore.open(path)
         store.sync(table, label_set=(*LABELS, "eel"), task="multilabel", source=SOURCE)
 
-    for path in every_kill(prepared(place, make, extract), change):
+    make(place.path)
+    extract(place.path)
+    for path in every_kill(place, change):
         store = check_truth(path)
         assert len(store) in (10, 12)
         change(path)
@@ -391,16 +419,16 @@ def test_sync_is_killed_anywhere(place: Callable[[], str]) -> None:
         assert (check_truth(path).status(ALIAS, "text") == DONE).all()
 
 
-def test_compact_is_killed_anywhere(place: Callable[[], str]) -> None:
+def test_compact_is_killed_anywhere(place: Place) -> None:
     def shrink(path: str) -> None:
         store = EmbeddingStore.open(path)
         store.sync(
             samples_table(range(1, 10, 2)), label_set=LABELS, task="multilabel", source=SOURCE
         )
 
-    for path in every_kill(
-        prepared(place, make, extract, shrink), lambda path: compact(EmbeddingStore.open(path))
-    ):
+    for operation in (make, extract, shrink):
+        operation(place.path)
+    for path in every_kill(place, lambda path: compact(EmbeddingStore.open(path))):
         store = check_truth(path)
         assert store.status(ALIAS, "image")[store.live].tolist() == [2, 1, 1, 1, 1]
         extract(path)
@@ -412,13 +440,15 @@ def test_compact_is_killed_anywhere(place: Callable[[], str]) -> None:
         assert store.files.names("compact") == []
 
 
-def test_overwrite_is_killed_anywhere(place: Callable[[], str]) -> None:
+def test_overwrite_is_killed_anywhere(place: Place) -> None:
     def overwrite(path: str) -> None:
         store = EmbeddingStore.open(path)
         with store.writer(ALIAS, FIELDS, {"new": 1}, {}, 8, overwrite=True) as writer:
             fill(store, writer)
 
-    for path in every_kill(prepared(place, make, extract), overwrite):
+    make(place.path)
+    extract(place.path)
+    for path in every_kill(place, overwrite):
         check_truth(path)
         overwrite(path)
         store = check_truth(path)
@@ -427,16 +457,13 @@ def test_overwrite_is_killed_anywhere(place: Callable[[], str]) -> None:
 
 
 def test_leftovers_are_cleaned_by_the_next_writer(tmp_path: Path) -> None:
-    paths = every_kill(
-        prepared(lambda: f"{tmp_path}/{uuid.uuid4()}", make), lambda path: extract(path)
-    )
+    place = Place(tmp_path)
+    make(place.path)
     left = 0
-    for path in paths:
+    for path in every_kill(place, extract):
         left += len(list(Path(path).rglob("*.tmp")))
         extract(path)
-        make_again = EmbeddingStore.open(path)
-        make_again.sync(
-            samples_table(range(10)), label_set=LABELS, task="multilabel", source=SOURCE
-        )
+        store = EmbeddingStore.open(path)
+        store.sync(samples_table(range(10)), label_set=LABELS, task="multilabel", source=SOURCE)
         assert list(Path(path).rglob("*.tmp")) == []
     assert left > 10

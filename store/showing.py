@@ -1,0 +1,90 @@
+"""What ``mmc info`` shows, as text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+LABELS_SHOWN = 20
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def format_summary(info: Mapping[str, Any]) -> str:
+    """The result of `EmbeddingStore.info` as a page of text."""
+    gone = f" ({info['gone']:,} more are gone from their source)" if info["gone"] else ""
+    splits = ", ".join(f"{name or 'no split'} {count:,}" for name, count in info["splits"].items())
+    lines = [
+        f"{info['path']}: format {info['format']}, {_bytes(info['bytes'])}",
+        f"samples  {info['rows']:,}{gone}: {splits}",
+        f"task     {info['task']}, {len(info['labels'])} labels, {info['labelled']:,} samples labelled",
+        *(f"source   {source['spec']}" for source in info["sources"]),
+        "",
+        *_features(info),
+        *_labels(info["labels"]),
+    ]
+    for alias, record in info["aliases"].items():
+        lines += ["", *_provenance(alias, record)]
+    return "\n".join(lines)
+
+
+def _features(info: Mapping[str, Any]) -> list[str]:
+    rows = [("feature", "shape", "dtype", "done", "failed", "missing", "size")]
+    for alias, record in info["aliases"].items():
+        for name, field in record["features"].items():
+            counts = (f"{field[key]:,}" for key in ("done", "failed", "missing"))
+            shape = " x ".join(str(n) for n in field["shape"])
+            size = _bytes(field["bytes"])
+            rows.append((f"{alias}/{name}", shape, str(field["dtype"]), *counts, size))
+    if len(rows) == 1:
+        return ["no features yet: run `mmc extract`"]
+    return _align(rows)
+
+
+def _labels(counts: Mapping[str, int]) -> list[str]:
+    if not counts:
+        return []
+    most = sorted(counts.items(), key=lambda item: -item[1])[:LABELS_SHOWN]
+    rest = len(counts) - len(most)
+    title = ("label", "samples")
+    lines = ["", *_align([title, *((name, f"{count:,}") for name, count in most)])]
+    return [*lines, f"and {rest:,} labels with fewer samples"] if rest else lines
+
+
+def _provenance(alias: str, record: Mapping[str, Any]) -> list[str]:
+    """Where an alias comes from: fingerprint, then identity and context key by key."""
+    lines = [f"{alias}: fingerprint {record['fingerprint'][:16]}"]
+    if record["label_text"]:
+        texts = record["label_text"]
+        lines.append(f"  label texts: {texts['labels']} as {texts['prompt']!r}")
+    for part in ("identity", "context"):
+        lines += [f"  {key}: {value}" for key, value in sorted(_flat(record[part]).items())]
+    return lines
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _bytes(count: float) -> str:
+    """A size with three digits or so: 12.3 MB."""
+    unit = 0
+    while count >= 1000 and unit < len(_UNITS) - 1:
+        count, unit = count / 1000, unit + 1
+    return f"{count:.0f} {_UNITS[unit]}" if unit == 0 else f"{count:.1f} {_UNITS[unit]}"
+
+
+def _align(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Columns of equal width; the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    cells = (
+        [
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        for row in rows
+    )
+    return ["  ".join(row) for row in cells]
