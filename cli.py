@@ -24,7 +24,7 @@ import typer
 
 from mmc.extract.options import ExtractConfig
 from mmc.extract.sources import SourceOptions
-from mmc.heads.options import TrainConfig
+from mmc.heads.options import PredictConfig, TrainConfig
 from mmc.store.config import build, field_docs
 from mmc.store.errors import InputError, MmcError
 
@@ -42,6 +42,8 @@ SOURCE = """image_column text_column label_column id_column split_column image_r
     split_by text_template task encoding allow_absolute_paths"""
 TRAIN = "head features loss batch_size epochs lr seed precision device overwrite"
 
+PREDICT = "split form scores top_k at_least_one device"
+RENAMED = {"form": "--format"}
 COMPLETED = {"head": "heads", "loss": "losses"}
 
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")]
@@ -88,7 +90,7 @@ def _option(name: str, hint: Any, doc: str) -> inspect.Parameter:
         inner = str  # a,b,c
     flag = bool(inner is bool)
     option = typer.Option(
-        "--" + name.replace("_", "-"),
+        RENAMED.get(name, "--" + name.replace("_", "-")),
         help=" ".join(doc.split()),
         show_default=False,
         autocompletion=_names(COMPLETED[name]) if name in COMPLETED else None,
@@ -264,41 +266,19 @@ def train_head_command(
 
 @app.command("predict")
 @_options(SourceOptions, SOURCE, into="source_options")
+@_options(PredictConfig, PREDICT, into="settings")
 def predict_command(
     run: RunPath,
     input_: Annotated[
         str, typer.Argument(metavar="INPUT", help="A store, or a source like the one trained on.")
     ],
     out: Annotated[Path, typer.Option(help="CSV file to write.")],
-    split: Annotated[
-        str | None,
-        typer.Option(
-            help="Samples of this split only; default: test where there is one, else all."
-        ),
-    ] = None,
-    scores: Annotated[
-        bool, typer.Option("--scores", help="Add a column score:LABEL per label.")
-    ] = False,
-    top_k: Annotated[
-        int | None,
-        typer.Option(help="Exactly the K most probable labels, whatever the thresholds say."),
-    ] = None,
-    at_least_one: Annotated[
-        bool,
-        typer.Option(
-            "--at-least-one", help="The most probable label where none passes its threshold."
-        ),
-    ] = False,
-    form: Annotated[
-        Literal["auto", "default", "kaggle", "hateful-memes", "long", "wide"],
-        typer.Option("--format", help="Form of the CSV file; auto follows the source."),
-    ] = "auto",
     store: Annotated[
         str | None, typer.Option(help="Keep the embeddings of a source here, for the next time.")
     ] = None,
-    device: Device = "auto",
     json_output: Json = False,
     *,
+    settings: dict[str, Any],
     source_options: dict[str, Any],
 ) -> None:
     """Predict labels for a store or for new data, write a CSV file, and check it.
@@ -312,11 +292,11 @@ def predict_command(
     from mmc.extract.recipe import embed_like
     from mmc.extract.recipe import source_options as combined
     from mmc.heads.artifact import Run
-    from mmc.heads.predict import Decision, predict_csv
+    from mmc.heads.predict import predict_csv
     from mmc.store import EmbeddingStore
 
+    config = build(PredictConfig, settings, where="mmc predict")
     loaded = Run.load(run)
-    decision = Decision(top_k=top_k, at_least_one=at_least_one)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress())
         if _is_store(input_):
@@ -331,22 +311,11 @@ def predict_command(
                 input_,
                 store or stack.enter_context(_scratch(out)),
                 combined(loaded.source, source_options),
-                device=device,
+                device=config.device,
                 report=_say,
                 progress=progress,
             )
-        report = predict_csv(
-            loaded,
-            opened,
-            out,
-            split=split,
-            rows=rows,
-            form=form,
-            scores=scores,
-            decision=decision,
-            device=device,
-            progress=progress,
-        )
+        report = predict_csv(loaded, opened, out, config, rows=rows, progress=progress)
     if json_output:
         _print_json(asdict(report))
     else:

@@ -92,6 +92,28 @@ class TrainConfig:
         parse_set(self.settings)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """How predictions are made and written."""
+
+    split: str | None = None
+    """Samples of this split only; `all` for every one; default: test where there is one, else all."""
+    form: Literal["auto", "default", "kaggle", "hateful-memes", "long", "wide"] = "auto"
+    """Form of the CSV file; auto follows the source that was trained on."""
+    scores: bool = False
+    """Add a column score:LABEL for each label."""
+    top_k: int | None = None
+    """Exactly the K most probable labels of each sample, whatever the thresholds say."""
+    at_least_one: bool = False
+    """Give a sample that passes no threshold its most probable label."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto = a GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"--top-k must be 1 or more, got {self.top_k}")
+
+
 def parse_set(pairs: Iterable[str]) -> dict[str, dict[str, str]]:
     """``["head.hidden=512", ...]`` -> ``{"head": {"hidden": "512"}}``; later pairs win.
 

@@ -18,6 +18,7 @@ from mmc.heads import checks, formats
 from mmc.heads.artifact import Run
 from mmc.heads.devices import pick_device
 from mmc.heads.metrics import probabilities
+from mmc.heads.options import PredictConfig
 from mmc.heads.ranking import top_k_mask
 from mmc.heads.thresholds import decide
 from mmc.store.errors import InputError
@@ -32,20 +33,6 @@ Progress = Callable[[str, int, int], None]
 # A batch is as large as fits here, counting what the head reads and what it gives, in float32.
 BLOCK_BYTES = 256 << 20
 MAX_BATCH = 65_536
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """How probabilities become labels."""
-
-    top_k: int | None = None
-    """Exactly the k most probable labels of each sample, whatever the thresholds say."""
-    at_least_one: bool = False
-    """A multilabel sample that passes no threshold gets its most probable label."""
-
-    def __post_init__(self) -> None:
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"--top-k must be 1 or more, got {self.top_k}")
 
 
 @dataclass(frozen=True)
@@ -122,14 +109,15 @@ def predict(
     run: Run,
     store: "EmbeddingStore",
     rows: Rows | None = None,
-    *,
-    split: str | None = None,
-    decision: Decision | None = None,
-    device: str | torch.device = "auto",
+    config: PredictConfig | None = None,
 ) -> Predictions:
-    """Predictions for ``rows`` in their order (default: all of ``split``, or of the store)."""
-    rows = select_rows(store, rows, split)
-    parts = list(predict_blocks(run, store, rows, decision=decision, device=device))
+    """Predictions for ``rows`` in their order (default: every sample), of ``config.split`` if set.
+
+    All in memory; `predict_blocks` is for more samples than that.
+    """
+    config = config or PredictConfig()
+    rows = select_rows(store, rows, None if config.split == "all" else config.split)
+    parts = list(predict_blocks(run, store, rows, config))
     ids = pa.concat_arrays([part.ids for part in parts])
     tensors = ([getattr(p, name) for p in parts] for name in _TENSORS)
     return Predictions(ids, *(torch.cat(column) for column in tensors))
@@ -142,21 +130,18 @@ def predict_blocks(
     run: Run,
     store: "EmbeddingStore",
     rows: Rows,
-    *,
-    decision: Decision | None = None,
-    device: str | torch.device = "auto",
+    config: PredictConfig,
     progress: Progress | None = None,
 ) -> Iterator[Predictions]:
     """Predictions for ``rows`` in blocks, on the CPU."""
-    decision = decision or Decision()
-    predictor = Predictor(run, store, device=device)
+    predictor = Predictor(run, store, device=config.device)
     ids = store.column("id").combine_chunks().cast(pa.string())
     for i in range(0, max(len(rows), 1), predictor.batch):
         taken = rows[i : i + predictor.batch]
         ok = predictor.done(taken)
         scores = predictor.logits(taken[ok])
         p = probabilities(scores, run.task)
-        chosen = _choose(p, scores, run, decision)
+        chosen = _choose(p, scores, run, config)
         mask = torch.from_numpy(ok)
         yield Predictions(
             ids.take(pa.array(taken)),
@@ -215,38 +200,33 @@ def predict_csv(
     run: Run,
     store: "EmbeddingStore",
     out: str | Path,
+    config: PredictConfig | None = None,
     *,
-    split: str | None = None,
     rows: Rows | None = None,
-    form: str = "auto",
-    scores: bool = False,
-    decision: Decision | None = None,
-    device: str | torch.device = "auto",
     progress: Progress | None = None,
 ) -> PredictionReport:
     """Predict, write the CSV file (whole or not at all), then check what is on disk.
 
-    Without ``rows`` and ``split``: the test split where there is one, else every sample; split
-    "all" is every sample.
+    Without ``config.split``: those in the test split where there are any, else every sample;
+    split "all" is every sample.
 
     Raises:
         InputError: no samples, other features, or a form that cannot hold the task.
     """
-    split = _default_split(store, rows, split)
+    config = config or PredictConfig()
+    split = _default_split(store, rows, config.split)
     rows = select_rows(store, rows, split)
     layout = formats.choose(
-        form,
+        config.form,
         run,
         _source(store, rows),
-        scores=scores,
-        top_k=decision.top_k if decision else None,
+        scores=config.scores,
+        top_k=config.top_k,
     )
     failed = []
 
     def blocks() -> Iterator[Predictions]:
-        for block in predict_blocks(
-            run, store, rows, decision=decision, device=device, progress=progress
-        ):
+        for block in predict_blocks(run, store, rows, config, progress):
             failed.append(~block.ok.numpy())
             yield block
 
@@ -260,14 +240,16 @@ def predict_csv(
         failed=lost,
         truth=_truth(run, store, rows),
         reference=run.metrics.get("val"),
-        top_k=decision.top_k if decision else None,
+        top_k=config.top_k,
     )
     return PredictionReport(path, layout.form, split, len(rows), int(lost.sum()), found)
 
 
 def _default_split(store: "EmbeddingStore", rows: Rows | None, split: str | None) -> str | None:
-    if split is None and rows is None and len(store.rows(split="test")):
-        return "test"
+    if split is None:
+        tests = store.rows(split="test")
+        found = len(tests) if rows is None else np.isin(rows, tests).any()
+        return "test" if found else None
     return None if split == "all" else split
 
 
@@ -300,10 +282,10 @@ def _truth(
     return lambda start, stop: aligned_targets(run, store, rows[start:stop]).numpy()
 
 
-def _choose(p: Tensor, scores: Tensor, run: Run, decision: Decision) -> Tensor:
-    if decision.top_k is not None:
-        return top_k_mask(scores, decision.top_k)
-    return decide(p, run.task, run.thresholds, at_least_one=decision.at_least_one)
+def _choose(p: Tensor, scores: Tensor, run: Run, config: PredictConfig) -> Tensor:
+    if config.top_k is not None:
+        return top_k_mask(scores, config.top_k)
+    return decide(p, run.task, run.thresholds, at_least_one=config.at_least_one)
 
 
 def _spread(values: Tensor, ok: Tensor, fill: float | bool) -> Tensor:

@@ -9,7 +9,9 @@ text tower at rest 65 %. Then whole pictures, all kinds of captions and both tow
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,43 +126,78 @@ def train_backbone(
     whole = model.token_embedding
     model.token_embedding = nn.Embedding.from_pretrained(whole.weight[vocabulary.ids], freeze=False)
 
-    half = _bfloat16_is_faster()
-    for stage in stages:
-        _train_stage(model, stage, scans, pools, vocabulary, half, rng, report)
+    threads = torch.get_num_threads()
+    # These layers are too small to share: two threads that wait for each other in every operator
+    # were 10 times slower than one as soon as anything else ran. The other core draws.
+    torch.set_num_threads(1)
+    try:
+        half = _bfloat16_is_faster()
+        for stage in stages:
+            with closing(_batches(stage, scans, pools, vocabulary, rng)) as batches:
+                _train_stage(model, stage, batches, half, report)
+    finally:
+        torch.set_num_threads(threads)
     with torch.no_grad():
         whole.weight[vocabulary.ids] = model.token_embedding.weight
     model.token_embedding = whole
     save(model, directory)
 
 
-def _train_stage(
-    model: open_clip.CLIP,
+@dataclass(frozen=True)
+class _Batch:
+    """Digits (B, K) int64, -1 = none; pixels (B, 3, S, S) uint8; tokens (B, T) int64."""
+
+    digits: np.ndarray
+    pixels: Tensor
+    tokens: Tensor
+
+
+def _batches(
     stage: Stage,
     scans: pictures.Scans,
     pools: list[np.ndarray],
     vocabulary: _Vocabulary,
-    half: bool,
     rng: np.random.Generator,
+) -> Iterator[_Batch]:
+    """Every batch of a stage, drawn by a thread of its own while the one before is used."""
+
+    def drawn() -> _Batch:
+        digits = pictures.random_digits(stage.batch, stage.most_digits, rng)
+        chosen = pictures.choose_scans(pools, digits, rng)
+        pixels = pictures.draw(scans, chosen, rng, stage.canvas)
+        texts = [words.caption(row[row >= 0], stage.templates, rng) for row in digits]
+        return _Batch(digits, pixels, vocabulary(texts))
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        following = pool.submit(drawn)
+        for step in range(stage.steps):
+            batch = following.result()
+            if step + 1 < stage.steps:
+                following = pool.submit(drawn)
+            yield batch
+
+
+def _train_stage(
+    model: open_clip.CLIP,
+    stage: Stage,
+    batches: Iterator[_Batch],
+    half: bool,
     report: Callable[[str], None],
 ) -> None:
     """All steps of one stage, reporting five times."""
     optimizer = _optimizer(model, stage)
     model.train()
     started, right = time.perf_counter(), 0.0
-    for step in range(1, stage.steps + 1):
+    for step, batch in enumerate(batches, 1):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * _schedule(step, stage.steps)
-        digits = pictures.random_digits(stage.batch, stage.most_digits, rng)
-        chosen = pictures.choose_scans(pools, digits, rng)
-        pixels = pictures.draw(scans, chosen, rng, stage.canvas)
-        texts = [words.caption(row[row >= 0], stage.templates, rng) for row in digits]
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            image = model.encode_image(_normalised(pixels))
-            text = model.encode_text(vocabulary(texts))
+            image = model.encode_image(_normalised(batch.pixels))
+            text = model.encode_text(batch.tokens)
         image, text = image.float(), text.float()
         if not stage.text_rate:
             text = text.detach() - text.mean(0).detach()
-        loss, found = _contrast(image, text, model.logit_scale, digits)
+        loss, found = _contrast(image, text, model.logit_scale, batch.digits)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -210,7 +247,11 @@ def _optimizer(model: nn.Module, stage: Stage) -> torch.optim.Optimizer:
         decay = 0.05 if parameter.ndim >= 2 else 0.0
         groups.setdefault((peak, decay), []).append(parameter)
     return torch.optim.AdamW(
-        [{"params": p, "peak": key[0], "weight_decay": key[1]} for key, p in groups.items() if key[0]],
+        [
+            {"params": p, "peak": key[0], "weight_decay": key[1]}
+            for key, p in groups.items()
+            if key[0]
+        ],
         betas=(0.9, 0.98),
     )
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from torchvision.io import write_jpeg
+from PIL import Image
 
 from mmc.extract.demo import pictures, words
 
@@ -38,7 +38,8 @@ def make_dataset(directory: Path, *, seed: int, sizes: Mapping[str, int] = SIZES
             ):
                 name = f"{number:04d}.jpg"
                 number += 1
-                write_jpeg(picture, str(directory / "data" / name), quality=92)
+                image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+                image.save(directory / "data" / name, quality=92)
                 told = told[told >= 0]
                 labels = sorted({*seen[seen >= 0].tolist(), *told.tolist()})
                 text = words.caption(told, words.NOTES, rng)
@@ -48,7 +49,7 @@ def make_dataset(directory: Path, *, seed: int, sizes: Mapping[str, int] = SIZES
 
 
 def _digits(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Digits shown and digits named, (count, 3) int64 each, -1 = none; a digit is in one at most."""
+    """Digits shown and digits named, (count, 3) int64 each, -1 = none; none is in both."""
     order = rng.random((count, 10)).argsort(1)
     parts = []
     for first, most in ((0, pictures.MAX_DIGITS), (pictures.MAX_DIGITS, _MOST_NAMED)):

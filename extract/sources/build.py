@@ -148,8 +148,10 @@ def _format_line(parts: Sequence[Part], form: str, header: dict[str, str | None]
     for role, name in header.items():
         if name is not None:
             used.setdefault(name, []).append(role)
-    shown = "; ".join(f"{' and '.join(roles)} from {shown(name)}" for name, roles in used.items())
-    return f"format: {named}{' and '.join(kinds)} ({shown})"
+    columns_used = "; ".join(
+        f"{' and '.join(roles)} from {shown(name)}" for name, roles in used.items()
+    )
+    return f"format: {named}{' and '.join(kinds)} ({columns_used})"
 
 
 def _images(
@@ -298,7 +300,9 @@ def _counts(core: dict[str, Any], missing: int) -> dict[str, Any]:
 
 
 def _count_lines(counts: dict[str, Any], labels: Labels, options: SourceOptions) -> list[str]:
-    divided = ", ".join(f"{name or 'no split'} {count}" for name, count in counts["splits"].items())
+    divided = ", ".join(
+        f"{shown(name) or 'no split'} {count}" for name, count in counts["splits"].items()
+    )
     lines = [
         f"{counts['samples']} samples ({divided}); {counts['images']} with an image,"
         f" {counts['texts']} with a text, {counts['labelled']} labelled"

@@ -117,6 +117,8 @@ def _header(line: str, delimiter: str, where: str, notes: list[str]) -> tuple[li
     except csv.Error as error:
         raise InputError(f"{where}:1: cannot read the header line: {error}") from None
     named = [name for name in names if name]
+    if not named:
+        raise InputError(f"{where}:1: the header line has no names")
     twice = [name for name in named if named.count(name) > 1]
     if twice:
         raise InputError(f"{where}:1: two columns are named {twice[0]!r}; rename one")
@@ -139,7 +141,7 @@ def _strict(
     chunks: list[list[pa.Array]] = []
     rows: list[list[str]] = []
     lines: list[int] = []
-    next(row for row in reader if any(cell.strip() for cell in row))  # the header
+    next(row for row in reader if len(row) > 1 or "".join(row).strip())  # the header
     start = reader.line_num + 1
     try:
         for row in reader:

@@ -46,6 +46,8 @@ class JsonLines:
                 chunk = []
         if chunk:
             tables.append(parser.table(chunk))
+        if not tables:
+            raise InputError(f"{file.name} is empty")
         notes = []
         if parser.surrogates:
             notes.append(

@@ -145,6 +145,6 @@ def _only(names: Sequence[str], folder: str) -> str:
             " test files"
         )
     raise InputError(
-        f"{folder} holds several tables ({listed(names, 5)}) and none is named train, val or test; name the"
-        " files: train=...,val=...,test=..."
+        f"{folder} holds several tables ({listed(names, 5)}) and none is named train, val or test;"
+        " name the files: train=...,val=...,test=..."
     )

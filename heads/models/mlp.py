@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmc.heads.models.base import Batch, Head
+from mmc.heads.models.dropout import Dropout
 from mmc.heads.models.inputs import InputNorm, Normalize
 from mmc.heads.models.linear import output_layer, set_bias
 from mmc.store.errors import InputError
@@ -56,9 +57,8 @@ class MLP(Head):
         width = sum(shape[0] for shape in inputs.values())
         self.hidden = nn.Sequential()
         for _ in range(config.layers):
-            self.hidden.extend([nn.Linear(width, config.hidden), nn.GELU()])
-            if config.dropout:
-                self.hidden.append(nn.Dropout(config.dropout))
+            layer = nn.Linear(width, config.hidden)
+            self.hidden.extend([layer, nn.GELU(), Dropout(config.dropout)])
             width = config.hidden
         self.classifier = output_layer(width, num_labels)
 

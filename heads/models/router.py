@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmc.heads.models.base import Batch, Head, Stage
+from mmc.heads.models.dropout import Dropout
 from mmc.heads.models.inputs import InputNorm, Normalize
 from mmc.heads.models.linear import output_layer, set_bias
 from mmc.store.errors import InputError
@@ -117,5 +118,5 @@ def _classifier(width: int, outputs: int, hidden: int, dropout: float) -> nn.Seq
     if not hidden:
         return nn.Sequential(output_layer(width, outputs))
     return nn.Sequential(
-        nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), output_layer(hidden, outputs)
+        nn.Linear(width, hidden), nn.GELU(), Dropout(dropout), output_layer(hidden, outputs)
     )

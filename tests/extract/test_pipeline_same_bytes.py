@@ -51,15 +51,17 @@ def test_ctrl_c_keeps_what_is_done_and_the_next_run_goes_on(case, rows):
     total = {"image rows": CALLS["image rows"], "text rows": CALLS["text rows"]}
 
     def interrupt(stage, done, count):
-        if done >= min(rows, count):
+        if stage != "files" and done + 50 * (stage == "texts") >= rows:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        case.extract(backbones=(f"{SPEC}[delay=0.02]",), workers=1, progress=interrupt)
+        case.extract(backbones=(f"{SPEC}[delay=0.05]",), workers=1, progress=interrupt)
     assert any("same command" in line for line in case.said)
     assert verify(EmbeddingStore.open(case.folder / "store")) == []
     case.extract()
-    assert {name: CALLS[name] for name in total} != total or rows == 1
+    again = {name: CALLS[name] for name in total}
+    assert all(again[name] <= total[name] for name in total)
+    assert again != total
     assert case.files() == case.files("whole")
 
 
@@ -72,7 +74,7 @@ import json, sys
 from pipeline_case import config
 from mmc.extract.pipeline import extract
 settings = json.loads({json.dumps(json.dumps(settings))})
-spec = {SPEC!r} + "[delay=0.1]"
+spec = {SPEC!r} + "[delay=0.15]"
 extract(settings["source"], settings["store"], config(backbones=(spec,), workers=1))
 """
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
@@ -86,8 +88,8 @@ extract(settings["source"], settings["store"], config(backbones=(spec,), workers
         child.kill()
         child.wait()
     store = EmbeddingStore.open(case.folder / "store")
-    done = int((store.status("fake", "image") != 0).sum())
-    assert 32 <= done < 50
+    assert (store.status("fake", "image")[:32] != 0).all()
+    assert (store.status("fake", "text") == 0).any()
     assert verify(store) == []
     case.extract()
     assert case.files() == case.files("whole")

@@ -233,12 +233,15 @@ def test_well_formed_texts_come_back_exactly(rows, newline, quoting, delimiter):
 
 
 @settings(max_examples=300, deadline=None)
-@given(body=st.text(alphabet='ab1.,;"\n\r \x00é', max_size=60))
-def test_any_text_is_read_or_refused_in_one_line(body):
+@given(
+    head=st.sampled_from(["id,text\n", ""]),
+    body=st.text(alphabet='ab1.,;"\n\r \x00\x1cé', max_size=60),
+)
+def test_any_text_is_read_or_refused_in_one_line(head, body):
     with tempfile.TemporaryDirectory() as folder:
         message = ""
         try:
-            records = read(Path(folder, "t.csv"), "id,text\n" + body)
+            records = read(Path(folder, "t.csv"), head + body)
         except InputError as error:
             message = str(error)
         else:

@@ -13,8 +13,8 @@ import torch
 from mmc.heads import metrics
 from mmc.heads.artifact import Run
 from mmc.heads.evaluate import evaluate, format_table, task_targets
+from mmc.heads.options import PredictConfig
 from mmc.heads.predict import (
-    Decision,
     Predictor,
     aligned_targets,
     logits,
@@ -46,7 +46,7 @@ def test_order_and_failed_rows(make_store: MakeStore, make_run: MakeRun) -> None
     store = make_store()
     run = make_run(store)
     rows = np.array([12, 7, 3, 11, 0])
-    found = predict(run, store, rows, device="cpu")
+    found = predict(run, store, rows)
     assert found.ids.to_pylist() == ["s12", "s7", "s3", "s11", "s0"]
     assert found.ok.tolist() == [True, False, True, False, True]
     assert found.logits[~found.ok].isnan().all()
@@ -65,14 +65,14 @@ def test_decisions_can_be_forced(make_store: MakeStore, make_run: MakeRun) -> No
     store = make_store()
     run = make_run(store, thresholds=Thresholds(values=(0.99,) * 5, mode="global"))
     rows = store.rows(features=["clip/image"])
-    plain = predict(run, store, rows, device="cpu").decisions
-    filled = predict(run, store, rows, decision=Decision(at_least_one=True), device="cpu").decisions
-    top = predict(run, store, rows, decision=Decision(top_k=2), device="cpu").decisions
+    plain = predict(run, store, rows).decisions
+    filled = predict(run, store, rows, PredictConfig(at_least_one=True)).decisions
+    top = predict(run, store, rows, PredictConfig(top_k=2)).decisions
     assert (plain.sum(1) == 0).any()
     assert (filled.sum(1) >= 1).all()
     assert (top.sum(1) == 2).all()
     with pytest.raises(InputError, match="--top-k must be 1 or more, got 0"):
-        Decision(top_k=0)
+        PredictConfig(top_k=0)
 
 
 def test_other_features_are_refused(make_store: MakeStore, make_run: MakeRun) -> None:
@@ -87,7 +87,7 @@ def test_empty_and_unknown_splits(make_store: MakeStore, make_run: MakeRun) -> N
     store = make_store()
     run = make_run(store)
     for attempt in (
-        lambda: predict(run, store, split="dev"),
+        lambda: predict(run, store, None, PredictConfig(split="dev")),
         lambda: evaluate(run, store, "dev"),
     ):
         with pytest.raises(InputError, match=r"no samples in split 'dev' .*test, train, val"):
@@ -107,7 +107,7 @@ def test_csv_has_every_sample_in_order_and_rescores_to_the_same_metrics(
 ) -> None:
     store = make_store(task)
     run = make_run(store)
-    report = predict_csv(run, store, tmp_path / "out.csv", split="all", scores=True, device="cpu")
+    report = predict_csv(run, store, tmp_path / "out.csv", PredictConfig(split="all", scores=True))
     assert (report.rows, report.failed, report.form) == (60, 2, "default")
     assert report.ok, list(map(str, report.checks))
     assert len(report.checks) == 8
@@ -140,16 +140,14 @@ def test_csv_of_a_split_and_blocks(
 ) -> None:
     store = make_store()
     run = make_run(store)
-    predict_csv(run, store, tmp_path / "whole.csv", split="test", scores=True, device="cpu")
+    predict_csv(run, store, tmp_path / "whole.csv", PredictConfig(split="test", scores=True))
     monkeypatch.setattr("mmc.heads.predict.BLOCK_BYTES", 400)
     seen: list[tuple[str, int, int]] = []
     predict_csv(
         run,
         store,
         tmp_path / "parts.csv",
-        split="test",
-        scores=True,
-        device="cpu",
+        PredictConfig(split="test", scores=True),
         progress=lambda *step: seen.append(step),
     )
     assert (tmp_path / "parts.csv").read_text() == (tmp_path / "whole.csv").read_text()
@@ -165,7 +163,7 @@ def test_every_sample_may_have_failed(
 ) -> None:
     run = make_run(make_store())
     broken = make_store(name="broken", failed=tuple(range(60)))
-    report = predict_csv(run, broken, tmp_path / "out.csv", split="all", device="cpu")
+    report = predict_csv(run, broken, tmp_path / "out.csv", PredictConfig(split="all"))
     assert report.failed == 60
     assert not report.ok
     assert all(row["labels"] == "" for row in read(tmp_path / "out.csv")[1])
@@ -176,7 +174,7 @@ def test_an_unlabelled_store_is_predicted_but_not_evaluated(
 ) -> None:
     run = make_run(make_store())
     bare = make_store(name="bare", unlabelled=tuple(range(60)))
-    report = predict_csv(run, bare, tmp_path / "out.csv", device="cpu")
+    report = predict_csv(run, bare, tmp_path / "out.csv")
     assert report.ok
     assert {c.name: c for c in report.checks}[
         "better than random"
@@ -246,7 +244,7 @@ def test_form_follows_the_store(make_store: MakeStore, make_run: MakeRun, tmp_pa
         "columns": {"id": "id", "image": "img", "labels": "label", "text": "text"},
     }
     store = make_store("binary", source=source)
-    report = predict_csv(make_run(store), store, tmp_path / "out.csv", split="test", device="cpu")
+    report = predict_csv(make_run(store), store, tmp_path / "out.csv", PredictConfig(split="test"))
     assert report.form == "hateful-memes"
     assert report.ok, list(map(str, report.checks))
     header, rows = read(tmp_path / "out.csv")
@@ -262,8 +260,9 @@ def test_which_samples_are_predicted(
     store = make_store()
     run = make_run(store)
 
-    def ids(**choice: Any) -> list[str]:
-        report = predict_csv(run, store, tmp_path / "out.csv", device="cpu", **choice)
+    def ids(rows: Any = None, **choice: Any) -> list[str]:
+        out, config = tmp_path / "out.csv", PredictConfig(**choice)
+        report = predict_csv(run, store, out, config, rows=rows)
         assert f"{report.rows} samples" in str(report)
         return [row["id"] for row in read(tmp_path / "out.csv")[1]]
 
