@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -292,7 +292,7 @@ def predict_command(
     from mmc.extract.recipe import embed_like
     from mmc.extract.recipe import source_options as combined
     from mmc.heads.artifact import Run
-    from mmc.heads.predict import predict_csv
+    from mmc.heads.predict import default_split, predict_csv
     from mmc.store import EmbeddingStore
 
     config = build(PredictConfig, settings, where="mmc predict")
@@ -315,6 +315,7 @@ def predict_command(
                 report=_say,
                 progress=progress,
             )
+            config = replace(config, split=config.split or default_split(opened, rows))
         report = predict_csv(loaded, opened, out, config, rows=rows, progress=progress)
     if json_output:
         _print_json(asdict(report))

@@ -97,7 +97,7 @@ class PredictConfig:
     """How predictions are made and written."""
 
     split: str | None = None
-    """Samples of this split only; `all` for every one; default: test where there is one, else all."""
+    """Samples of this split only, or `all`; default: test where there is one, else all."""
     form: Literal["auto", "default", "kaggle", "hateful-memes", "long", "wide"] = "auto"
     """Form of the CSV file; auto follows the source that was trained on."""
     scores: bool = False

@@ -207,14 +207,18 @@ def predict_csv(
 ) -> PredictionReport:
     """Predict, write the CSV file (whole or not at all), then check what is on disk.
 
-    Without ``config.split``: those in the test split where there are any, else every sample;
+    Without ``rows`` and ``config.split``: the test split where there is one, else every sample;
     split "all" is every sample.
 
     Raises:
         InputError: no samples, other features, or a form that cannot hold the task.
     """
     config = config or PredictConfig()
-    split = _default_split(store, rows, config.split)
+    split = config.split
+    if split is None and rows is None:
+        split = default_split(store)
+    elif split == "all":
+        split = None
     rows = select_rows(store, rows, split)
     layout = formats.choose(
         config.form,
@@ -245,12 +249,11 @@ def predict_csv(
     return PredictionReport(path, layout.form, split, len(rows), int(lost.sum()), found)
 
 
-def _default_split(store: "EmbeddingStore", rows: Rows | None, split: str | None) -> str | None:
-    if split is None:
-        tests = store.rows(split="test")
-        found = len(tests) if rows is None else np.isin(rows, tests).any()
-        return "test" if found else None
-    return None if split == "all" else split
+def default_split(store: "EmbeddingStore", rows: Rows | None = None) -> str | None:
+    """What to predict when nobody says: the test split where ``rows`` have any of it, else all."""
+    tests = store.rows(split="test")
+    found = len(tests) if rows is None else np.isin(rows, tests).any()
+    return "test" if found else None
 
 
 def aligned_targets(run: Run, store: "EmbeddingStore", rows: Rows) -> Tensor:

@@ -6,6 +6,7 @@ An object store's put is atomic by itself.
 """
 
 import contextlib
+import errno
 import io
 import itertools
 import os
@@ -189,6 +190,8 @@ class LocalFiles(Files):
     def _make_folder(self, folder: Path) -> None:
         if folder.is_dir():
             return
+        if folder.exists():
+            raise NotADirectoryError(errno.ENOTDIR, f"{folder} is not a folder")
         self._make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         sync_folder(folder.parent)

@@ -83,7 +83,7 @@ def load(
         rules = _dual_text_rules(config)
     elif kind in TEXT_ENCODERS:
         model = load_model(files)
-        rules = _encoder_text_rules(files, config, settings.pooling)
+        rules = _encoder_text_rules(files, model, settings.pooling)
     else:
         known = ", ".join((*DUAL_ENCODERS, *TEXT_ENCODERS))
         more = "; use its fixed-size checkpoints, such as siglip2-base-patch16-224"
@@ -163,18 +163,13 @@ def _dual_text_rules(config: Any) -> TextRules:
     )
 
 
-def _encoder_text_rules(files: Files, config: Any, pooling: str | None) -> TextRules:
+def _encoder_text_rules(files: Files, model: Any, pooling: str | None) -> TextRules:
     sentence = sentence_pooling(files, pooling)
-    context = getattr(config, "max_position_embeddings", None) or 512
-    if config.model_type in (
-        "roberta",
-        "roberta-prelayernorm",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-        "camembert",
-        "mpnet",
-    ):
-        context -= (config.pad_token_id or 0) + 1  # positions start after the padding's
+    context = getattr(model.config, "max_position_embeddings", None) or 512
+    # RoBERTa and its kin number positions from behind the padding's id.
+    padding = getattr(getattr(model, "embeddings", None), "padding_idx", None)
+    if padding is not None:
+        context -= padding + 1
     if sentence.max_length is not None:
         context = min(context, sentence.max_length)
     return TextRules(

@@ -72,14 +72,14 @@ def _explained(files: Files, what: str) -> Iterator[None]:
         raise InputError(
             f"hf:{files.name}: {what} needs a package that is not installed: {one_line(error)}"
         ) from None
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a library's loaders on files of any kind: no type can be named
         text = one_line(error)
         if Path(files.source).is_dir():
-            raise InputError(f"hf:{files.name}: {what} cannot be read: {text}") from None
+            raise InputError(f"hf:{files.name}: {what} cannot be read: {text}") from error
         raise InputError(
             f"hf:{files.name}: {what} is not on this machine and cannot be fetched"
             f"{offline_hint()}; check the name, go online once, or give a local folder: {text}"
-        ) from None
+        ) from error
 
 
 def load_config(files: Files) -> Any:

@@ -9,7 +9,7 @@ text tower at rest 65 %. Then whole pictures, all kinds of captions and both tow
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -124,7 +124,9 @@ def train_backbone(
     model.visual.to(memory_format=torch.channels_last)
     vocabulary = _Vocabulary(CONFIG["text_cfg"]["context_length"])
     whole = model.token_embedding
-    model.token_embedding = nn.Embedding.from_pretrained(whole.weight[vocabulary.ids], freeze=False)
+    model.token_embedding = nn.Embedding(len(vocabulary.ids), whole.embedding_dim)
+    with torch.no_grad():
+        model.token_embedding.weight.copy_(whole.weight[vocabulary.ids])
 
     threads = torch.get_num_threads()
     # These layers are too small to share: two threads that wait for each other in every operator
@@ -158,7 +160,7 @@ def _batches(
     pools: list[np.ndarray],
     vocabulary: _Vocabulary,
     rng: np.random.Generator,
-) -> Iterator[_Batch]:
+) -> Generator[_Batch, None, None]:
     """Every batch of a stage, drawn by a thread of its own while the one before is used."""
 
     def drawn() -> _Batch:

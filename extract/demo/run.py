@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,20 +61,20 @@ def run_demo(directory: str | Path, *, report: Report = print, seed: int = 0) ->
 
     store = str(directory / "demo.store")
     spec = f"open_clip:{directory / 'backbone'}"
-    extract = ("extract", str(directory / "data-set"), store, "--backbone", spec, "--name", "clip")
+    extract = ["extract", str(directory / "data-set"), store, "--backbone", spec, "--name", "clip"]
     seconds["extract"] = _mmc(extract, report)
     for folder, _, head, features in RUNS:
-        command = ("train-head", store, str(directory / "runs" / folder), "--head", head)
-        command += ("--features", features)
+        command = ["train-head", store, str(directory / "runs" / folder), "--head", head]
+        command += ["--features", features]
         # A finished run is refused without it; an unfinished one is continued.
         if (directory / "runs" / folder / "run.json").exists():
-            command += ("--overwrite",)
+            command.append("--overwrite")
         seconds[folder] = _mmc(command, report)
     found = {folder: _metrics(directory / "runs" / folder) for folder, *_ in RUNS}
     best = max(("both-linear", "both-router"), key=lambda folder: found[folder]["val"]["mAP"])
     out = directory / "predictions.csv"
-    predict = ("predict", str(directory / "runs" / best), store, "--split", "test")
-    seconds["predict"] = _mmc((*predict, "--out", str(out)), report)
+    predict = ["predict", str(directory / "runs" / best), store, "--split", "test"]
+    seconds["predict"] = _mmc([*predict, "--out", str(out)], report)
     seconds["whole"] = time.perf_counter() - started
     _conclude(directory, found, seconds, best, report)
 
@@ -83,7 +83,7 @@ def _claim(directory: Path, seed: int) -> dict[str, Any]:
     """The record of the demo in ``directory``; a new one where there is nothing yet."""
     marker = directory / MARKER
     if marker.is_file():
-        record = json.loads(marker.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
         if (record["recipe"], record["seed"]) != (RECIPE, seed):
             raise InputError(
                 f"{directory} holds a demo of recipe {record['recipe']} with seed "
@@ -130,7 +130,7 @@ def _make_backbone(directory: Path, seed: int, report: Report) -> None:
     train_backbone(directory, seed=seed, report=report)
 
 
-def _mmc(arguments: tuple[str, ...], report: Report) -> float:
+def _mmc(arguments: Sequence[str], report: Report) -> float:
     """Run one command as a user would, report its output, and return the seconds it took."""
     line = shlex.join(("mmc", *arguments))
     report("")
@@ -157,7 +157,8 @@ def _mmc(arguments: tuple[str, ...], report: Report) -> float:
 def _metrics(run: Path) -> dict[str, dict[str, Any]]:
     """Split -> metrics of a finished run."""
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    return record["metrics"]
+    metrics: dict[str, dict[str, Any]] = record["metrics"]
+    return metrics
 
 
 def _conclude(

@@ -43,7 +43,7 @@ def caption(digits: Sequence[int], templates: Sequence[str], rng: np.random.Gene
     """One sentence from ``templates`` that names ``digits`` (at least one) and no other digit."""
 
     def pick(words: Sequence[str]) -> str:
-        return words[rng.integers(len(words))]
+        return words[int(rng.integers(len(words)))]
 
     return pick(templates).format(
         digits=_joined(digits, rng),

@@ -190,6 +190,8 @@ def _repaired(
         if '"' not in text:
             raise error
         rows, lines, repaired = recover(text, delimiter, width)
+        if not repaired:  # a fault that is none of quotes, such as a lone CR
+            raise error
     except MalformedError as problem:
         raise InputError(f"{file.name}:{problem.line} {problem}") from None
     rows = [[" ".join(cell.split()) for cell in row] for row in rows]

@@ -14,7 +14,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_bert, tiny_hf_clip, tiny_hf_siglip
+from tiny_models import draw_weights, tiny_bert, tiny_hf_clip, tiny_hf_siglip
 from torch import Tensor
 
 from mmc.extract.backbones import load_backbone
@@ -245,7 +245,7 @@ def test_weights_that_do_not_fit(bert: Path):
     key = next(name for name in state if name.endswith("query.weight"))
     partial = {name: value for name, value in state.items() if name != key}
     save_file(partial, bert / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match="the weights lack or do not fit .*query.weight"):
+    with pytest.raises(InputError, match=r"the weights lack or do not fit .*query\.weight"):
         load(bert)
     (bert / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(InputError, match="the weights cannot be read"):
@@ -282,7 +282,7 @@ def test_half_precision_checkpoints_are_computed_in_float32(bert: Path):
         ("/no/such/folder", "no such folder"),
         ("./no/such", "no such folder"),
         ("me/no-such-model", "HF_HUB_OFFLINE is set"),
-        ("tests", "holds no config.json"),
+        ("tests", r"holds no config\.json"),
     ],
 )
 def test_names_that_lead_nowhere(name: str, message: str, tmp_path: Path, monkeypatch: Any):
@@ -335,13 +335,11 @@ def test_other_text_encoders(kind: str, bert: Path):
     config = transformers.AutoConfig.for_model(
         kind, **kept, vocab_size=vocabulary, max_position_embeddings=40
     )
-    from tiny_models import draw_weights
-
     model = transformers.AutoModel.from_config(config)
     draw_weights(model)
     model.save_pretrained(bert)
     backbone = load(bert)
-    shift = 1 if kind in ("roberta", "mpnet") else 0
+    shift = {"roberta": 1, "mpnet": 2}.get(kind, 0)
     assert backbone.fields["text_tokens"].shape == (40 - shift, 32)
     tokens = backbone.tokenize(TEXTS)
     found = backbone.encode_text(tokens, ["text"])["text"]

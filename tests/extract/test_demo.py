@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mmc.extract.demo import backbone, dataset, pictures, words
+from mmc.extract.demo import backbone, dataset, pictures, run, words
 from mmc.extract.demo.run import MARKER, run_demo
-from mmc.store.errors import InputError
+from mmc.store.errors import InputError, MmcError
 
 SIZES = {"train": 40, "val": 10, "test": 20}
 
@@ -176,3 +176,11 @@ def test_a_demo_with_another_seed_is_refused(tmp_path):
     (tmp_path / MARKER).write_text('{"recipe": 1, "seed": 0, "made": []}')
     with pytest.raises(InputError, match="with seed 0, not 1 with 5"):
         run_demo(tmp_path, seed=5)
+
+
+def test_a_failing_command_shows_its_output_and_stops():
+    lines: list[str] = []
+    with pytest.raises(MmcError, match=r"`mmc info no-such\.store` failed with exit code 2"):
+        run._mmc(["info", "no-such.store"], lines.append)
+    assert "$ mmc info no-such.store" in lines
+    assert any(line.startswith("  error: ") and "no-such.store" in line for line in lines)

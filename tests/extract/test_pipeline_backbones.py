@@ -6,8 +6,8 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from pipeline_case import Case, config
 from PIL import Image
+from pipeline_case import Case, config
 from tiny_models import tiny_bert, tiny_hf_siglip, tiny_open_clip
 
 from mmc.extract import ceiling
@@ -144,11 +144,11 @@ def test_every_kind_of_bad_picture(shared_data, tmp_path, clip):
     )
     store = EmbeddingStore.open(tmp_path / "store")
     status = store.status("clip", "image")
-    reasons = dict(zip(*(store.errors("clip")[name].to_pylist() for name in ("id", "reason"))))
+    reasons = {error["id"]: error["reason"] for error in store.errors("clip").to_pylist()}
     assert set(status.tolist()) == {1, 2}
     for row, name in enumerate(store.column("image").to_pylist()):
         wish = expected[name]
-        if wish.startswith("must load") or wish.startswith("loads in Pillow"):
+        if wish.startswith(("must load", "loads in Pillow")):
             assert status[row] == 1, (name, reasons)
         elif wish.startswith("must be rejected") and "or load" not in wish:
             assert status[row] == 2, name

@@ -211,6 +211,7 @@ def test_a_full_disk_leaves_nothing_half_made(
     while True:
         disk = FullDisk(room)
         monkeypatch.setattr(files, "write_temporary", disk)
+        problem = ""
         try:
             if not (path / "zarr.json").exists():
                 EmbeddingStore.create(
@@ -224,8 +225,7 @@ def test_a_full_disk_leaves_nothing_half_made(
             with store.writer(ALIAS, FIELDS, IDENTITY, {}, 8) as writer:
                 fill(store, writer)
         except MmcError as error:
-            assert "No space left on device; make room" in str(error)
-            assert str(path) in str(error)
+            problem = str(error)
         monkeypatch.setattr(files, "write_temporary", disk.write)
         assert list(path.rglob("*.tmp")) == []
         if (path / "zarr.json").exists():
@@ -233,6 +233,8 @@ def test_a_full_disk_leaves_nothing_half_made(
             assert verify(store) == []
         if disk.room >= 0:
             break
+        assert problem.startswith(f"cannot write {path}/")
+        assert "No space left on device; make room" in problem
         # A little more room each time, so that every write is once the one that fails.
         room += 1
     assert room > 3
@@ -241,7 +243,7 @@ def test_a_full_disk_leaves_nothing_half_made(
 
 def test_a_place_that_is_not_ours_to_write(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(MmcError, match="cannot write .*file/s/.*Not a directory"):
+    with pytest.raises(MmcError, match=r"cannot write .*zarr\.json: .*file is not a folder"):
         EmbeddingStore.create(
             tmp_path / "file" / "s",
             samples_table(range(2)),
