@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,9 +24,10 @@ import typer
 
 from mmc.extract.options import ExtractConfig
 from mmc.extract.sources import SourceOptions
-from mmc.heads.options import PredictConfig, TrainConfig
+from mmc.heads.options import OptimConfig, PredictConfig, TrainConfig
 from mmc.store.config import build, field_docs
 from mmc.store.errors import InputError, MmcError
+from mmc.store.registry import Entry, load, lookup
 
 app = typer.Typer(
     name="mmc",
@@ -49,7 +50,9 @@ COMPLETED = {"head": "heads", "loss": "losses"}
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A setting of a part; see `mmc list`. Repeat."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="A setting of a part; see `mmc list heads NAME`. Repeat."
+    ),
 ]
 StorePath = Annotated[str, typer.Argument(metavar="STORE", help="The store's folder or URL.")]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1, mps.")]
@@ -450,8 +453,12 @@ def compact_command(store: StorePath) -> None:
 @app.command("list")
 def list_command(
     kind: Annotated[
-        Literal["backbones", "heads", "losses", "sources"], typer.Argument(help="What to list.")
+        Literal["backbones", "heads", "losses", "sources"],
+        typer.Argument(metavar="KIND", help="backbones, heads, losses or sources."),
     ],
+    name: Annotated[
+        str | None, typer.Argument(help="Show the settings of this head or loss.")
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """List the backbones, heads, losses or sources that can be chosen by name.
@@ -459,17 +466,41 @@ def list_command(
     \b
     Example:
       mmc list heads
+      mmc list heads mlp
     """
     table = _table(kind)
+    if name is not None:
+        table = (lookup(table, name, kind=kind.removesuffix("s"), group=f"mmc.{kind}"),)
+    settings = _settings(kind, table[0]) if name else []
     if json_output:
-        _print_json([asdict(entry) for entry in table])
+        _print_json([asdict(entry) for entry in table] + settings)
         return
     width = max(len(entry.name) for entry in table)
     for entry in table:
-        print(
-            f"{entry.name:<{width}}  {entry.description}"
-            + (f" ({entry.needs})" if entry.needs else "")
-        )
+        needs = f" ({entry.needs})" if entry.needs else ""
+        print(f"{entry.name:<{width}}  {entry.description}{needs}")
+    for setting in settings:
+        print(f"\n--set {setting['key']}={setting['default']}\n    {setting['help']}")
+
+
+def _settings(kind: str, entry: Entry) -> list[dict[str, Any]]:
+    """What --set can say to a head or a loss, and to the optimiser."""
+    configs = {"optim": OptimConfig}
+    if kind in ("heads", "losses"):
+        group = {"heads": "head", "losses": "loss"}[kind]
+        configs = {group: load(entry).Config} | configs
+    else:
+        configs = {}
+    return [
+        {
+            "key": f"{group}.{field.name}",
+            "default": field.default,
+            "help": " ".join(docs[field.name].split()),
+        }
+        for group, config in configs.items()
+        for docs in [field_docs(config)]
+        for field in fields(config)
+    ]
 
 
 @app.command("demo")

@@ -12,9 +12,11 @@ are skipped, columns without a name dropped.
 """
 
 import csv
+import gzip
 import os
 import sys
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,6 +31,7 @@ from mmc.store.errors import InputError
 _SUFFIXES = (".csv", ".tsv", ".tab", ".psv", ".txt")
 _DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "pipe"}
 _CHUNK = 1 << 16
+_HEAD = 1 << 16
 _limit = threading.Lock()
 
 
@@ -87,11 +90,13 @@ def _long_fields() -> Iterator[None]:
 
 
 def _has_delimiter(path: str) -> bool:
+    """Whether the first line holds a delimiter, in any encoding that keeps ASCII apart."""
     try:
-        line = _first_line(TextFile(path))
-    except InputError:
+        with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as file:
+            line = file.read(_HEAD).lstrip().partition(b"\n")[0]
+    except (OSError, EOFError, zlib.error):
         return False
-    return any(delimiter in line for delimiter in _DELIMITERS)
+    return any(delimiter.encode() in line for delimiter in _DELIMITERS)
 
 
 def _first_line(file: TextFile) -> str:

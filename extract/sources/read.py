@@ -58,7 +58,7 @@ def _canonical(spec: str) -> str:
     """``spec`` with absolute paths: one source has one spec, wherever the command is run."""
     if _is_named(spec):
         named = (piece.partition("=") for piece in _NEXT_NAMED.split(spec))
-        return ",".join(f"{normalise(name)}={_absolute(path)}" for name, _, path in named)
+        return ",".join(f"{normalise(name)}={_absolute(path.strip())}" for name, _, path in named)
     return _absolute(spec) if os.path.exists(os.path.expanduser(spec)) else spec
 
 
@@ -101,17 +101,18 @@ def _existing(path: str) -> str:
 
 def _files_in(folder: str, notes: list[str]) -> list[tuple[str | None, str]]:
     """The train, val and test files of a folder; else its only table."""
+    formats = _formats()
     tables = [
         (entry.name, name)
         for name in sorted(os.listdir(folder))
-        if os.path.isfile(os.path.join(folder, name)) and not name.startswith(".")
-        for entry, reader in _formats()
+        # A text beside the tables (README.txt) is a table only when named like one.
+        if not name.startswith(".") and (_split_of(name) or not name.lower().endswith(".txt"))
+        for entry, reader in formats
         if reader.recognises(os.path.join(folder, name))
     ]
-    # A text beside the tables (README.txt) is a table only when named like one.
     by_format: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for format_name, name in tables:
-        split = split_named(name.partition(".")[0])
+        split = _split_of(name)
         if split:
             by_format[format_name][split].append(name)
     if not by_format:
@@ -134,6 +135,10 @@ def _files_in(folder: str, notes: list[str]) -> list[tuple[str | None, str]]:
     if left:
         notes.append(f"files left out: {', '.join(left)} (only train, val and test files are read)")
     return [(split, os.path.join(folder, name)) for split, name in used.items()]
+
+
+def _split_of(name: str) -> str | None:
+    return split_named(name.partition(".")[0])
 
 
 def _only(names: Sequence[str], folder: str) -> str:

@@ -66,24 +66,26 @@ class Router(Head):
         self.classifiers = nn.ModuleList(
             _classifier(width, num_labels, config.hidden, config.dropout) for width in widths
         )
+        self.register_buffer("prior", torch.zeros(num_labels))
+        self.strength = nn.Parameter(torch.ones(len(widths), num_labels), requires_grad=True)
         self.router = _classifier(sum(widths), len(widths), config.router_hidden, config.dropout)
 
     def prepare(self, batch: Batch) -> Batch:
         return self.normalize(batch)  # type: ignore[no-any-return]
 
     def score(self, prepared: Batch) -> Tensor:
-        logits_BFC = torch.stack(
-            [
-                classifier(prepared[role])
-                for role, classifier in zip(self.roles, self.classifiers, strict=True)
-            ],
-            dim=1,
-        )
-        return (self._weights(prepared).unsqueeze(-1) * logits_BFC).sum(1)
+        weights_BF = self._weights(prepared) * len(self.roles)
+        logits_BC = self.prior.expand(len(weights_BF), -1)
+        for index, (role, classifier) in enumerate(zip(self.roles, self.classifiers, strict=True)):
+            evidence_BC = classifier(prepared[role]) - self.prior
+            logits_BC = logits_BC + weights_BF[:, index : index + 1] * evidence_BC * self.strength[index]
+        return logits_BC
 
     def stages(self) -> list[Stage]:
         alone = [self._stage(index) for index in range(len(self.roles))]
         trains = {"router": 1.0}
+        import os
+        if os.environ.get("STR"): trains["strength"] = float(os.environ["STR"])
         if self.config.classifier_lr:
             trains["classifiers"] = self.config.classifier_lr
         return [*alone, Stage(name="router", trains=trains)]
@@ -96,6 +98,7 @@ class Router(Head):
         self.normalize.fit(blocks)
 
     def set_prior(self, logits: Tensor) -> None:
+        self.prior.copy_(logits)
         for classifier in self.classifiers:
             set_bias(classifier[-1], logits)  # type: ignore[index]
 

@@ -118,6 +118,7 @@ def test_folders_that_do_not_tell_which_files(tmp_path, files, message):
 
 def test_the_only_table_of_a_folder_is_read(tmp_path):
     write(tmp_path / "movies.csv", "id,text\n1,x\n")
+    write(tmp_path / "README.txt", "Films, by year\n")
     assert rows(read_source(str(tmp_path)), "id", "split") == [("1", "test")]
 
 
@@ -136,6 +137,15 @@ def test_specs_that_name_nothing(tmp_path, spec, message):
     with pytest.raises(InputError, match=message) as error:
         read_source(spec.format(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_a_text_file_is_a_table_when_its_first_line_is(tmp_path):
+    captions = write(tmp_path / "captions.txt", "id,caption\n1,x\n")
+    assert rows(read_source(captions), "text") == [("x",)]
+    with pytest.raises(InputError, match="no format reads"):
+        read_source(write(tmp_path / "words.txt", "just words\n"))
+    write(tmp_path / "f" / "train.txt", "id|text|label\n1|x|y\n")
+    assert rows(read_source(str(tmp_path / "f")), "id", "split") == [("1", "train")]
 
 
 def test_ids_are_unique_across_files(tmp_path):
@@ -346,7 +356,7 @@ def test_real_sets(shared_data):
 CELLS = [*"ab12", "", "a|b", "1 2", "../x", "[1]", '{"k": 1}', "a\nb"]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     header=st.permutations(["id", "image", "text", "label", "split", "x"]),
     data=st.lists(

@@ -199,7 +199,7 @@ def ambiguous(text: str) -> bool:
 CAPTION = st.text(alphabet='ab ",\n.1', max_size=25).filter(lambda text: not ambiguous(text))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(captions=st.lists(CAPTION, min_size=1, max_size=8), newline=st.sampled_from(["\n", "\r\n"]))
 def test_texts_written_with_undoubled_quotes_come_back(captions, newline):
     captions = [text.replace("\n", newline) for text in captions]
@@ -232,7 +232,7 @@ def test_well_formed_texts_come_back_exactly(rows, newline, quoting, delimiter):
     assert cells(records) == expected
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     head=st.sampled_from(["id,text\n", ""]),
     body=st.text(alphabet='ab1.,;"\n\r \x00\x1cé', max_size=60),
@@ -249,7 +249,7 @@ def test_any_text_is_read_or_refused_in_one_line(head, body):
         assert "\n" not in message
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(body=st.text(alphabet='ab1,"\n', max_size=60))
 def test_repair_loses_no_letter(body):
     """What is read holds every letter of the file, whatever the quotes are like."""

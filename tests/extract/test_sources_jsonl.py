@@ -104,7 +104,7 @@ def test_ids_are_told_apart_by_type(tmp_path):
     assert read_source(str(path)).table["id"].to_pylist() == ["0001", "1", "1.0"]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.text(alphabet='{}[]":,a1 \n\\u', max_size=40) | st.binary(max_size=40))
 def test_anything_is_read_or_refused_in_one_line(data):
     with tempfile.TemporaryDirectory() as folder:

@@ -167,7 +167,7 @@ def test_a_label_on_every_sample_is_warned_of():
     assert parse(["x|y", "y", "x"]).warnings == []
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     rows=st.lists(st.sets(st.sampled_from(["a b", "c, d", "é", "10", "9", "NA"])), min_size=1),
     seed=st.randoms(use_true_random=False),
