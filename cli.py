@@ -47,6 +47,9 @@ PREDICT = "split form scores top_k at_least_one device"
 RENAMED = {"form": "--format"}
 COMPLETED = {"head": "heads", "loss": "losses"}
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on stdout.")]
 Set = Annotated[
     list[str] | None,
@@ -60,7 +63,7 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder."
 
 
 # The base of what Typer raises for a wrong command line; it has no public name of its own.
-_UsageError = typer.BadParameter.__mro__[2]
+_UsageError: type[Any] = typer.BadParameter.__mro__[2]
 
 
 def _options(config: type, fields: str, into: str) -> Callable[[Any], Any]:
@@ -505,7 +508,7 @@ def _settings(kind: str, entry: Entry) -> list[dict[str, Any]]:
 
 @app.command("demo")
 def demo_command(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make; about 100 MB.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make; about 40 MB.")],
     seed: Annotated[int, typer.Option(help="Another seed makes another set.")] = 0,
 ) -> None:
     """Run the main job on a set made from handwritten digits: offline, a few minutes on two cores.
@@ -533,12 +536,13 @@ def main() -> None:
         usage = isinstance(error, _UsageError)
         _say(f"error: {error.format_message() if usage else error}")
         code = error.exit_code
-    except KeyboardInterrupt:
-        _say("stopped; what was finished is kept, and the same command goes on from there")
-        code = 130
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
     except BrokenPipeError:  # `mmc info … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    if code == INTERRUPTED:
+        _say("stopped; what was finished is kept, and the same command goes on from there")
     sys.exit(code)
 
 

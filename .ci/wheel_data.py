@@ -1,4 +1,4 @@
-"""Write a tiny Kaggle-form set and a tiny saved backbone into a folder: ``wheel_data.py REPOSITORY FOLDER``."""
+"""Write a tiny Kaggle-form set and a tiny saved backbone: ``wheel_data.py REPOSITORY FOLDER``."""
 
 import csv
 import sys

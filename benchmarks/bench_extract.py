@@ -23,7 +23,10 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +50,10 @@ WORDS = (
 
 
 def make_set(folder: Path, count: int, seed: int = 0) -> Path:
-    """A table of JPEGs 500 x 375 (shapes, gradients and grain, about 50 kB) and short captions."""
+    """A table of JPEGs 500 x 375: shapes, gradients and grain, about 50 kB each."""
     generator = np.random.default_rng(seed)
     y, x = np.mgrid[0:375, 0:500].astype(np.float32)
-    lines = ["id,image,text"]
+    lines = ["id,image"]
     for number in range(count):
         scene = np.zeros((375, 500, 3), np.float32)
         for _ in range(12):
@@ -68,11 +71,19 @@ def make_set(folder: Path, count: int, seed: int = 0) -> Path:
         scene += generator.normal(0, 6, scene.shape).astype(np.float32) + 128
         pixels = scene.clip(0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.jpg", quality=88)
-        caption = " ".join(generator.choice(WORDS, generator.integers(6, 13)))
-        lines.append(f"{number},{number}.jpg,{caption}")
+        lines.append(f"{number},{number}.jpg")
     table = folder / "samples.csv"
     table.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return table
+
+
+def make_captions(table: Path, count: int, seed: int = 0) -> list[str]:
+    """A table of captions of 6 to 12 words, and the captions."""
+    generator = np.random.default_rng(seed)
+    captions = [" ".join(generator.choice(WORDS, generator.integers(6, 13))) for _ in range(count)]
+    lines = [f"{number},{caption}" for number, caption in enumerate(captions)]
+    table.write_text("\n".join(["id,text", *lines]) + "\n", encoding="utf-8")
+    return captions
 
 
 def save_weights(folder: Path) -> str:
@@ -111,24 +122,19 @@ def in_threads(work: Callable[[], None], count: int) -> None:
         thread.join()
 
 
-def bare(forward: Callable[[], object], batches: int, workers: int) -> float:
-    """Batches per second of ``forward`` in ``workers`` threads with one arithmetic thread each."""
-    left = [batches]
-    lock = threading.Lock()
+def bare(forwards: Sequence[Callable[[], object]], workers: int) -> float:
+    """Batches per second of ready forward passes, in threads with one arithmetic thread each."""
+    left = deque(forwards)
 
     def work() -> None:
         torch.set_num_threads(1)
-        with torch.no_grad():
+        with torch.no_grad(), suppress(IndexError):
             while True:
-                with lock:
-                    if left[0] == 0:
-                        return
-                    left[0] -= 1
-                forward()
+                left.pop()()
 
     start = time.perf_counter()
     in_threads(work, workers)
-    return batches / (time.perf_counter() - start)
+    return len(forwards) / (time.perf_counter() - start)
 
 
 def by_hand(model: open_clip.CLIP, transform: Callable, folder: Path, count: int) -> float:
@@ -168,22 +174,20 @@ class Bench:
         )
         # Loading and hashing the weights is not what is measured: every run gets this one.
         pipeline.load_backbone = lambda *_, **__: self.backbone
-        captions = [line.split(",")[2] for line in self.table.read_text().splitlines()[1:]]
-        self.captions = captions
-        tokens = self.backbone.tokenize(captions)
-        size = TEXTS_PER_IMAGE * BATCH
-        shortest = tokens.buckets.argsort()
-        self.tokens = tokens.take(shortest[: min(size, len(captions))])
+        self.captions = make_captions(folder / "captions.csv", 4 * args.images)
+        tokens = self.backbone.tokenize(self.captions)
+        size, by_length = TEXTS_PER_IMAGE * BATCH, tokens.buckets.argsort(stable=True)
+        self.ready = [tokens.take(rows) for rows in by_length.split(size) if len(rows) == size]
         self.pixels = torch.randint(0, 256, (BATCH, 3, 224, 224), dtype=torch.uint8)
         self.model, _, self.transform = open_clip.create_model_and_transforms(MODEL)
         self.model.eval()
 
-    def extract(self, field: str) -> ExtractReport:
+    def extract(self, table: Path, field: str) -> ExtractReport:
         """One extraction into a new store."""
         store = self.folder / "store"
         shutil.rmtree(store, ignore_errors=True)
         return pipeline.extract(
-            str(self.table),
+            str(table),
             str(store),
             ExtractConfig(
                 backbones=(self.spec,),
@@ -201,10 +205,10 @@ class Bench:
     def image_round(self) -> dict[str, float]:
         batches = -(-self.args.images // BATCH)
         rates = {"probe before": probe()}
-        forward = lambda: self.backbone.encode_image(self.pixels, ["image"])  # noqa: E731
-        rates["bare"] = BATCH * bare(forward, batches, self.args.workers)
-        rates["extract"] = self._rate("image")
-        rates["bare again"] = BATCH * bare(forward, batches, self.args.workers)
+        work = [partial(self.backbone.encode_image, self.pixels, ["image"])] * batches
+        rates["bare"] = BATCH * bare(work, self.args.workers)
+        rates["extract"] = self._rate(self.table, "image", self.args.images)
+        rates["bare again"] = BATCH * bare(work, self.args.workers)
         torch.set_num_threads(self.args.workers)
         rates["by hand"] = by_hand(self.model, self.transform, self.folder, self.args.images)
         rates["probe after"] = probe()
@@ -212,21 +216,21 @@ class Bench:
 
     def text_round(self) -> dict[str, float]:
         rates = {"probe before": probe()}
-        forward = lambda: self.backbone.encode_text(self.tokens, ["text"])  # noqa: E731
-        batches = max(4, -(-len(self.captions) // len(self.tokens)))
-        rates["bare"] = len(self.tokens) * bare(forward, batches, self.args.workers)
-        rates["extract"] = self._rate("text")
-        rates["bare again"] = len(self.tokens) * bare(forward, batches, self.args.workers)
+        work = [partial(self.backbone.encode_text, tokens, ["text"]) for tokens in self.ready]
+        size = TEXTS_PER_IMAGE * BATCH
+        rates["bare"] = size * bare(work, self.args.workers)
+        rates["extract"] = self._rate(self.folder / "captions.csv", "text", len(self.captions))
+        rates["bare again"] = size * bare(work, self.args.workers)
         torch.set_num_threads(self.args.workers)
         rates["by hand"] = texts_by_hand(self.model, self.captions)
         rates["probe after"] = probe()
         return rates
 
-    def _rate(self, field: str) -> float:
+    def _rate(self, table: Path, field: str, count: int) -> float:
         """Samples per second of a whole call: reading the table, hashing, decoding, committing."""
-        outcome = self.extract(field)
-        assert outcome.embedded == self.args.images
-        return self.args.images / (outcome.seconds - outcome.load_seconds)
+        outcome = self.extract(table, field)
+        assert outcome.embedded == count
+        return count / (outcome.seconds - outcome.load_seconds)
 
 
 def summary(rounds: list[dict[str, float]]) -> dict[str, list[float]]:
@@ -252,7 +256,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mmc-bench-") as folder:
         bench = Bench(args, Path(folder))
-        bench.extract("image")  # first calls pay for lazy imports and page faults
+        bench.extract(bench.table, "image")  # first calls pay for lazy imports and page faults
         results = {
             name: summary([one() for _ in range(args.rounds)])
             for name, one in (("images", bench.image_round), ("texts", bench.text_round))

@@ -13,22 +13,27 @@ from mmc.extract.lanes import Lane
 
 SHORTEST_RUN_SECONDS = 3.0
 """After shorter runs the measurement would say little and cost much."""
+FEWEST_BATCHES = 10
+"""The same, for each encoder thread."""
 BUDGET_SECONDS = 2.0
 
 
-def forward_seconds(lanes: Sequence[Lane], device: torch.device, encoders: int) -> float | None:
+def forward_seconds(
+    lanes: Sequence[Lane], device: torch.device, encoders: int, run_seconds: float
+) -> float | None:
     """Seconds that the batches of this run take on ready tensors, with as many encoder threads.
 
     One batch of each shape is run again, for at most about two seconds in all, the shapes with the
     most work first; shapes that there is no time for are taken at the mean speed per token.
 
     Returns:
-        None when nothing was run.
+        None when the run of ``run_seconds`` was too short to be worth it.
     """
+    batches = sum(lane.batches.total() for lane in lanes)
+    if run_seconds < SHORTEST_RUN_SECONDS or batches < FEWEST_BATCHES * encoders:
+        return None
     shapes = [(lane, length) for lane in lanes for length in lane.batches]
     shapes.sort(key=lambda shape: -shape[0].batches[shape[1]] * max(shape[1], 1))
-    if not shapes:
-        return None
     deadline = time.perf_counter() + BUDGET_SECONDS
     total, per_token, measured = 0.0, dict[int, list[float]](), 0
     for lane, length in shapes:
@@ -60,8 +65,6 @@ def _seconds_per_batch(
 ) -> float:
     """Wall seconds per batch with ``encoders`` threads that run batches for ``budget`` seconds."""
     counts = [0] * encoders
-    with torch.no_grad():
-        forward()
     _synchronize(device)
     start = time.perf_counter()
 

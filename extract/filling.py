@@ -201,9 +201,7 @@ class Filling:
         pending = [lane.pending for lane in lanes]
         touched = np.unique(np.concatenate(pending)) if pending else np.empty(0, np.int64)
         embedded = reporting.count_embedded(lanes)
-        forward = None
-        if embed_seconds >= ceiling.SHORTEST_RUN_SECONDS:
-            forward = ceiling.forward_seconds(lanes, self._device, self._engine.encoders)
+        forward = ceiling.forward_seconds(lanes, self._device, self._engine.encoders, embed_seconds)
         threads = {
             "read": self._workers,
             "decode": self._workers,

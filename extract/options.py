@@ -26,7 +26,7 @@ class ExtractConfig:
     """Arrays to keep, such as image,text_tokens; default: the pooled ones, or what the store has
     under that name."""
     batch_size: int | None = None
-    """Images in a batch (texts: four times as many); default: 16 on a CPU, 256 on a GPU, or what
+    """Images in a batch (texts: twice as many); default: 16 on a CPU, 256 on a GPU, or what
     the store has under that name."""
     precision: Literal["bf16", "float32"] | None = None
     """Arithmetic of the backbone; default: bf16 where the device has units for it, or what the

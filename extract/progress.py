@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar with rate and time left on a terminal, a plain line now and then elsewhere.
+"""Progress on stderr: a bar with rate and time left on a terminal, else a plain line now and then.
 
 Long work calls ``progress(stage, done, total)``; who renders it is the command line's choice.
 """

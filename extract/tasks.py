@@ -116,7 +116,8 @@ class _TextJobs:
         batches = text_batches(self._placed, tokens.buckets.numpy(), lane.batch_size)
         wanted = [batch for batch in batches if work.wants(batch.rows).any()]
         work.expect(len(wanted))
-        for batch in wanted:
+        # The longest first, so that no thread starts a long one when the others are through.
+        for batch in reversed(wanted):
             places = np.searchsorted(self._placed, batch.rows)
             ready = batch_tokens(tokens, places, lane.batch_size)
             lane.count_batch(batch.length, ready)

@@ -16,7 +16,10 @@ from mmc.store.errors import InputError
 Resize = Literal["shortest", "cover", "contain", "squash"]
 Crop = Literal["round", "floor"]
 Resampler = Literal["pillow", "torchvision"]
-Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+Interpolation = Literal["bilinear", "bicubic"]
+
+DECODING = 1
+"""Version of how bytes become upright RGB in :mod:`mmc.extract.images`; part of the fingerprint."""
 
 _CHOICES = {
     "resize": Resize,
@@ -76,6 +79,7 @@ class ImageTransform:
         """JSON-able form, for the fingerprint of the features."""
         fields = dataclasses.asdict(self)
         fields["resize_to"] = self.resize_to or self.size
+        fields["decoding"] = DECODING
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in fields.items()

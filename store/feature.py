@@ -1,24 +1,23 @@
 """One array of embeddings: gathering rows, reading runs of them, and never telling a lie."""
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any, Literal
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from mmc.store.aliases import read_layout, read_status_chunk, status_key
+from mmc.store.aliases import Status, read_layout, read_status_chunk, status_key
 from mmc.store.errors import DamagedStoreError, InputError, MmcError, RowsNotDoneError
 from mmc.store.files import Files
-from mmc.store.mapped import Rows, Shard, open_shard
-from mmc.store.schema import DONE, MISSING, AliasRecord, fill_value
+from mmc.store.mapped import MANY_SHARDS, Rows, Shard, open_shard
+from mmc.store.schema import DONE, FAILED, MISSING, AliasRecord, fill_value
 from mmc.store.shards import Array
 
 Missing = Literal["raise", "fill"]
-
-_OPEN_SHARDS = 256
-"""Maps kept open: each holds a file descriptor, and 1,024 is a usual limit of a process."""
 
 _DENSE = 0.5
 """Share of a shard's rows from which a gather counts as reading it whole: checksums compared."""
@@ -26,12 +25,24 @@ _DENSE = 0.5
 _ATTEMPTS = 100
 
 
+_THREADS = min(4, os.cpu_count() or 1)
+_WORTH_THREADS = 32 << 20
+"""Bytes from which starting threads costs nothing to speak of."""
+
+
+class _Entry(NamedTuple):
+    """A shard (None: nothing in it is done) and its status at the moment it was opened."""
+
+    shard: Shard | None
+    status: Status
+
+
 class Feature:
     """One field of one backbone, (N, ...).
 
-    It shows the store as it was when the feature was asked for; a shard is opened when it is
-    first needed, together with its status of that moment. Ask the store again to see later
-    commits. Several threads may read from one feature.
+    It shows what was done when the feature was asked for; ask the store again to see later
+    commits. A shard is opened when it is first needed: a row that was reset or failed by then
+    counts as not done. Several threads may read from one feature.
     """
 
     def __init__(
@@ -55,8 +66,8 @@ class Feature:
         self._signature = files.signature(f"{prefix}/zarr.json")
         self._layout = read_layout(files, prefix, field)
         self._folder = f"{prefix}/{field}"
-        self._status = status.copy()
-        self._shards: OrderedDict[int, Shard] = OrderedDict()
+        self._status = status
+        self._shards: OrderedDict[int, _Entry] = OrderedDict()
         self._lock = threading.Lock()
         self.dtype: np.dtype[Any] = self._layout.dtype
         if self._layout.row_shape != spec.shape or self.dtype != np.dtype(spec.dtype):
@@ -73,7 +84,7 @@ class Feature:
 
     @property
     def done(self) -> npt.NDArray[np.bool_]:
-        """(N,) which rows hold an embedding."""
+        """(N,) which rows held an embedding when the feature was asked for."""
         result: npt.NDArray[np.bool_] = self._status == DONE
         return result
 
@@ -172,7 +183,7 @@ class Feature:
 
     def _gather(self, rows: Rows, out: Array, missing: Missing, check: bool | None) -> None:
         items = _items(out, self._layout.row_bytes)
-        wanted = self._wanted(rows, missing)
+        wanted = self._done(rows, self._status[rows], missing)
         positions = np.flatnonzero(wanted)
         if len(positions) < len(rows):
             out[~wanted] = fill_value(self.dtype)
@@ -183,7 +194,7 @@ class Feature:
         positions, numbers = positions[order], numbers[order]
         cuts = np.flatnonzero(np.diff(numbers)) + 1
         for places in np.split(positions, cuts) if len(positions) else []:
-            self._gather_shard(rows, places, out, items, missing, check)
+            self._gather_shard(rows[places], places, out, items, missing, check)
 
     def _gather_shard(
         self,
@@ -194,107 +205,119 @@ class Feature:
         missing: Missing,
         check: bool | None,
     ) -> None:
-        """Gather the rows at ``places``, all of one shard."""
-        number = int(rows[places[0]]) // self._layout.shard_rows
-        shard = self._shard(number)
-        # Opening a shard refreshes its status: a row may be gone from it since.
-        wanted = self._wanted(rows[places], missing)
+        """Put ``rows``, all of one shard, at ``places`` of ``out``."""
+        number = int(rows[0]) // self._layout.shard_rows
+        entry = self._entry(number)
+        start, stop = self._layout.bounds(number)
+        wanted = self._done(rows, entry.status[rows - start], missing)
         if not wanted.all():
             out[places[~wanted]] = fill_value(self.dtype)
-            places = places[wanted]
-        if shard is None or not len(places):
+            rows, places = rows[wanted], places[wanted]
+        if entry.shard is None or not len(places):
             return
-        start, stop = self._layout.bounds(number)
         if check is None:
             check = len(places) >= _DENSE * (stop - start)
-        shard.take(rows[places] - start, items, places, check=check)
+        entry.shard.take(rows - start, items, places, check=check)
 
     def _read(self, start: int, stop: int, out: Array, missing: Missing) -> None:
-        """Fill ``out`` with an unbroken run of rows."""
+        """Fill ``out`` with an unbroken run of rows, several shards at a time when it is long."""
+        self._done(np.arange(start, stop), self._status[start:stop], missing)
         size = self._layout.shard_rows
-        data = out.reshape(-1).view(np.uint8) if out.size else np.empty(0, np.uint8)
-        for number in range(start // size, -(-stop // size)):
-            first, last = max(start, number * size), min(stop, (number + 1) * size)
-            rows = np.arange(first, last)
-            shard = self._shard(number) if self._wanted(rows, missing).any() else None
-            # Opening a shard refreshes its status: look again.
-            wanted = self._wanted(rows, missing)
-            block = out[first - start : last - start]
-            if shard is not None and wanted.any():
-                # Up to the last row that is done: what lies behind it may not be written.
-                end = first + int(np.flatnonzero(wanted)[-1]) + 1
-                width = self._layout.row_bytes
-                to = slice((first - start) * width, (end - start) * width)
-                shard.read(first - number * size, end - number * size, data[to])
-            if not wanted.all():
-                block[~wanted] = fill_value(self.dtype)
+        numbers = range(start // size, -(-stop // size))
 
-    def _wanted(self, rows: Rows, missing: Missing) -> npt.NDArray[np.bool_]:
-        """Which of ``rows`` are done.
+        def read(number: int) -> None:
+            first, last = max(start, number * size), min(stop, (number + 1) * size)
+            self._read_shard(first, last, out[first - start : last - start], missing)
+
+        threads = min(_THREADS, len(numbers)) if out.nbytes >= _WORTH_THREADS else 1
+        if threads == 1:
+            for number in numbers:
+                read(number)
+        else:
+            # One thread's copy by the kernel goes on while another computes checksums.
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(read, numbers))
+
+    def _read_shard(self, first: int, last: int, out: Array, missing: Missing) -> None:
+        """Fill ``out`` with a run of rows of one shard."""
+        if not (self._status[first:last] == DONE).any():
+            out[...] = fill_value(self.dtype)
+            return
+        number = first // self._layout.shard_rows
+        entry = self._entry(number)
+        start = number * self._layout.shard_rows
+        # Done when the feature was asked for, and still so.
+        then, now = self._status[first:last], entry.status[first - start : last - start]
+        status = np.where(then == DONE, now, then)
+        wanted = self._done(np.arange(first, last), status, missing)
+        if entry.shard is not None and wanted.any():
+            # Up to the last row that is done: what lies behind it may not be written.
+            end = first + int(np.flatnonzero(wanted)[-1]) + 1
+            part = out[: end - first].reshape(-1).view(np.uint8)
+            entry.shard.read(first - start, end - start, part)
+        if not wanted.all():
+            out[~wanted] = fill_value(self.dtype)
+
+    def _done(self, rows: Rows, status: Status, missing: Missing) -> npt.NDArray[np.bool_]:
+        """Which of ``rows`` are done, by their ``status``.
 
         Raises:
             RowsNotDoneError: some are not, and ``missing`` is "raise".
         """
-        done: npt.NDArray[np.bool_] = self._status[rows] == DONE
+        done: npt.NDArray[np.bool_] = status == DONE
         if missing == "raise" and not done.all():
-            bad = np.unique(rows[~done])
+            bad, where = np.unique(rows[~done], return_index=True)
             first = ", ".join(map(str, bad[:5].tolist())) + (" …" if len(bad) > 5 else "")
-            untried = int((self._status[bad] == MISSING).sum())
+            failed = int((status[~done][where] == FAILED).sum())
             raise RowsNotDoneError(
                 f"{self.name}: {len(bad)} of the rows asked for hold no embedding ({first}; "
-                f"{untried} missing, {len(bad) - untried} failed); run `mmc extract` again, or "
+                f"{len(bad) - failed} missing, {failed} failed); run `mmc extract` again, or "
                 "ask for the rows that are done: store.rows(features=[…])"
             )
         return done
 
-    def _shard(self, number: int) -> Shard | None:
-        """The open shard, or None when its status of this moment has no row that is done."""
+    def _entry(self, number: int) -> "_Entry":
+        """An open shard with its status; the least recently used ones are closed."""
         with self._lock:
-            shard = self._shards.get(number)
-            if shard is not None:
+            entry = self._shards.get(number)
+            if entry is not None:
                 self._shards.move_to_end(number)
-                return shard
-            shard = self._open(number)
-            if shard is not None:
-                self._shards[number] = shard
-                if len(self._shards) > _OPEN_SHARDS:
-                    self._shards.popitem(last=False)
-            return shard
+                return entry
+        # Not under the lock: two threads may open one shard, but none waits for another's disk.
+        entry = self._open(number)
+        with self._lock:
+            self._shards[number] = entry
+            if len(self._shards) > MANY_SHARDS:
+                self._shards.popitem(last=False)
+        return entry
 
-    def _open(self, number: int) -> Shard | None:
-        """Open a shard and take over the status that belongs to it.
+    def _open(self, number: int) -> "_Entry":
+        """Open a shard together with the status that belongs to it.
 
         A writer may replace shard and status at any moment (shard first). What is read between
         two looks at an unchanged status file belongs together.
         """
         key = f"{self._folder}/{self._layout.key(number)}"
-        status = status_key(self._prefix, self.tower, number)
+        status_file = status_key(self._prefix, self.tower, number)
+        size = self._record.shard_rows
         for _ in range(_ATTEMPTS):
-            before = self._files.signature(status)
-            self._refresh_status(number)
-            start, stop = self._layout.bounds(number)
-            some = bool((self._status[start:stop] == DONE).any())
+            before = self._files.signature(status_file)
+            status = read_status_chunk(self._files, self._prefix, self.tower, number, size)
+            if status is None:
+                status = np.full(size, MISSING, np.uint8)
             shard: Shard | None = None
             problem: DamagedStoreError | None = None
             try:
-                shard = open_shard(self._files, key, self._layout) if some else None
+                if (status == DONE).any():
+                    shard = open_shard(self._files, key, self._layout)
             except DamagedStoreError as error:
                 problem = error
             self._check_same_alias()
-            if self._files.signature(status) == before:
+            if self._files.signature(status_file) == before:
                 if problem is not None:
                     raise problem
-                return shard
+                return _Entry(shard, status)
         raise MmcError(f"{self._files.where(key)} keeps changing; wait for the writer to finish")
-
-    def _refresh_status(self, number: int) -> None:
-        start, stop = self._layout.bounds(number)
-        size = self._record.shard_rows
-        chunk = read_status_chunk(self._files, self._prefix, self.tower, number, size)
-        if chunk is None:
-            self._status[start:stop] = MISSING
-        else:
-            self._status[start:stop] = chunk[: stop - start]
 
     def _check_same_alias(self) -> None:
         """Refuse to mix with an alias that was overwritten or compacted since.

@@ -210,6 +210,29 @@ def labels_column(
     return pa.chunked_array([array])
 
 
+_TAKE_BYTES = 1 << 29
+
+
+def take_rows(table: pa.Table, rows: npt.NDArray[np.int64]) -> pa.Table:
+    """``table.take(rows)`` for tables of any size.
+
+    Arrow's own joins the chunks of a column first, which fails beyond 2 GiB of text.
+    """
+    columns = [_take(column, rows) for column in table.columns]
+    return pa.table(columns, schema=table.schema)
+
+
+def _take(column: pa.ChunkedArray, rows: npt.NDArray[np.int64]) -> pa.ChunkedArray:
+    if column.type != pa.string() or column.nbytes < _TAKE_BYTES:
+        return column.take(pa.array(rows))
+    wide = column.cast(pa.large_string())
+    # Blocks of half a gigabyte on average: room for a block four times as long.
+    step = max(1, _TAKE_BYTES * len(column) // column.nbytes)
+    blocks = (rows[start : start + step] for start in range(0, len(rows), step))
+    parts = [wide.take(pa.array(block)).cast(pa.string()) for block in blocks]
+    return pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string())
+
+
 def with_internal(
     table: pa.Table, source: npt.NDArray[np.int16], gone: npt.NDArray[np.bool_]
 ) -> pa.Table:

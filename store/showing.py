@@ -14,7 +14,7 @@ def format_summary(info: Mapping[str, Any]) -> str:
     lines = [
         f"{info['path']}: format {info['format']}, {_bytes(info['bytes'])}",
         f"samples  {info['rows']:,}{gone}: {splits}",
-        f"task     {info['task']}, {len(info['labels'])} labels, {info['labelled']:,} samples labelled",
+        f"task     {info['task']}, {len(info['labels'])} labels, {info['labelled']:,} labelled",
         *(f"source   {source['spec']}" for source in info["sources"]),
         "",
         *_features(info),
@@ -26,7 +26,9 @@ def format_summary(info: Mapping[str, Any]) -> str:
 
 
 def _features(info: Mapping[str, Any]) -> list[str]:
-    rows = [("feature", "shape", "dtype", "done", "failed", "missing", "size")]
+    rows: list[tuple[str, ...]] = [
+        ("feature", "shape", "dtype", "done", "failed", "missing", "size")
+    ]
     for alias, record in info["aliases"].items():
         for name, field in record["features"].items():
             counts = (f"{field[key]:,}" for key in ("done", "failed", "missing"))

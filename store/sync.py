@@ -10,9 +10,21 @@ import pyarrow.compute as pc
 from natsort import natsorted
 
 from mmc.store.errors import InputError
-from mmc.store.samples import INTERNAL, TASKS, Rows, StoreMeta, csr, labels_column, with_internal
+from mmc.store.samples import (
+    COLUMNS,
+    INTERNAL,
+    TASKS,
+    Rows,
+    StoreMeta,
+    csr,
+    labels_column,
+    take_rows,
+    with_internal,
+)
 
 Mask = npt.NDArray[np.bool_]
+
+_COMPARED = [name for name in COLUMNS.names if name != "id"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +86,7 @@ def merge(old: pa.Table, old_meta: StoreMeta, new: pa.Table, new_meta: StoreMeta
     old_source = old.column("_source").to_numpy()
     left = (old_source == source) & ~matched & ~was_gone
 
-    before, after = old.take(here), new.take(there)
+    before, after = take_rows(old.select(_COMPARED), here), take_rows(new.select(_COMPARED), there)
     images = _image_changed(before, after)
     texts = _text_changed(before, after)
     labels = _labels_changed(before, after)
@@ -89,7 +101,7 @@ def merge(old: pa.Table, old_meta: StoreMeta, new: pa.Table, new_meta: StoreMeta
     gone[: len(old)] = (was_gone & ~matched) | left
     owner = np.full(size, source, np.int16)
     owner[: len(old)] = np.where(matched, source, old_source)
-    table = with_internal(_stacked(old, new).take(pa.array(take)), owner, gone)
+    table = with_internal(take_rows(_stacked(old, new), take), owner, gone)
     _check_task(table, gone, meta)
     report = SyncReport(
         added=len(fresh) + int(returned.sum()),

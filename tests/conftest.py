@@ -1,4 +1,4 @@
-"""Shared fixtures. Nothing here imports mmc: the editable install does that, by its own name only."""
+"""Shared fixtures. Nothing here imports mmc: tests do, by that name only."""
 
 import os
 import sys

@@ -89,15 +89,22 @@ def load_backbone(
         precision: ``float32``, or ``bf16`` to cast the weights to bfloat16.
         max_text_tokens: texts are cut to so many tokens; None: the model's own length.
 
+    Returns:
+        The backbone; its context holds the spec as typed and, with paths made absolute, as
+        ``resolved_spec``.
+
     Raises:
-        InputError: unknown family, model, weights or option; weights that are not on this machine
-            and cannot be fetched; weights that do not fit.
+        InputError: unknown family, model, weights, option or device; weights that are not on this
+            machine and cannot be fetched; weights that do not fit.
     """
     if precision not in ("bf16", "float32"):
         raise InputError(f"precision {precision!r}: choose bf16 or float32")
     if max_text_tokens is not None and max_text_tokens < 2:
         raise InputError(f"max_text_tokens must be at least 2, got {max_text_tokens}")
     parsed = parse_spec(spec)
+    from mmc.extract.backbones.base import check_device
+
+    check_device(device)
     loader = load(lookup(BACKBONES, parsed.family, kind="backbone", group=GROUP))
     backbone: Backbone = loader(
         parsed.name,
@@ -106,5 +113,9 @@ def load_backbone(
         precision=precision,
         max_text_tokens=max_text_tokens,
     )
-    backbone.context["spec"] = str(parsed)
+    context = backbone.context
+    context["spec"] = str(parsed)
+    # A relative path would mean another folder when a run is used from elsewhere.
+    resolved = BackboneSpec(parsed.family, context.get("name", parsed.name), parsed.options)
+    context["resolved_spec"] = str(resolved)
     return backbone

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ class Backbone(Protocol):
     identity: dict[str, Any]
     """JSON-able; all that decides the numbers: weights, preprocessing, precision, lengths."""
     context: dict[str, Any]
-    """JSON-able; what is worth knowing about the run: spec, versions, device."""
+    """JSON-able; what is worth knowing about the run: versions, device, and ``name``, which is what
+    followed the family in the spec with its path made absolute."""
     prompt_template: str
     """Default text for a label, with ``{label}`` in it."""
 
@@ -165,18 +167,32 @@ def default_precision(device: str) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if kind != "cpu":
         return "float32"
+    units = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, ARM
+    return "bf16" if units & set(_cpu_facts().split()) else "float32"
+
+
+def _cpu_facts() -> str:
+    """What Linux knows about the processor; empty elsewhere."""
     try:
-        words = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return "float32"
-    return "bf16" if {"avx512_bf16", "amx_bf16", "bf16"} & set(words) else "float32"
+        return ""
+
+
+def check_device(device: str) -> None:
+    """Raises InputError where torch cannot put a tensor on ``device``."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise InputError(f"device {device!r} cannot be used: {one_line(error, 160)}") from None
 
 
 def device_name(device: str) -> str:
     """What the device calls itself, for the record."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
+    named = re.search(r"^model name\s*:\s*(.+)$", _cpu_facts(), re.MULTILINE)
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 def versions(*packages: str) -> dict[str, str]:

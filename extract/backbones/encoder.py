@@ -23,6 +23,7 @@ from mmc.extract.backbones.base import (
     masked_tokens,
 )
 from mmc.extract.transforms import ImageTransform
+from mmc.store.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +80,7 @@ class Encoder:
     def tokenize(self, texts: list[str]) -> TokenBatch:
         """Token ids of ``texts``, truncated to the model's length; deterministic."""
         if self._text is None:
-            check_fields(["text"], self.fields, "text")
-            raise AssertionError("a backbone without a text tower has no text fields")
+            raise InputError("this backbone has no text tower")
         with self._tokenizing:
             return self._text.tokenize(list(texts))
 

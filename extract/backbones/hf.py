@@ -8,6 +8,7 @@ mean over real tokens where there is none; ``text_tokens`` the ``last_hidden_sta
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -119,7 +120,7 @@ def _build(
         "precision": precision,
     }
     context = {
-        "model": files.name,
+        "name": str(Path(files.source).absolute()) if files.is_folder else files.name,
         "versions": versions("transformers", "tokenizers", "torchvision", "pillow"),
         "device": device_name(device),
     }

@@ -18,12 +18,7 @@ from mmc.extract.backbones.base import offline_hint, one_line
 from mmc.extract.transforms import ImageTransform, Interpolation, Resize
 from mmc.store.errors import InputError
 
-_RESAMPLING: dict[int, Interpolation] = {
-    0: "nearest",
-    1: "lanczos",
-    2: "bilinear",
-    3: "bicubic",
-}  # Pillow's numbers
+_RESAMPLING: dict[int, Interpolation] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
 @dataclass(frozen=True)
@@ -50,6 +45,11 @@ class Files:
             raise InputError(f"hf:{self.name}: no such folder")
         return self.name
 
+    @property
+    def is_folder(self) -> bool:
+        """Whether this is a folder on this machine, not a hub repository."""
+        return Path(self.source).is_dir()
+
     def json(self, path: str) -> Any:
         """A JSON file of the repository; None where it has none."""
         found = cached_file(
@@ -74,7 +74,7 @@ def _explained(files: Files, what: str) -> Iterator[None]:
         ) from None
     except Exception as error:  # a library's loaders on files of any kind: no type can be named
         text = one_line(error)
-        if Path(files.source).is_dir():
+        if files.is_folder:
             raise InputError(f"hf:{files.name}: {what} cannot be read: {text}") from error
         raise InputError(
             f"hf:{files.name}: {what} is not on this machine and cannot be fetched"
@@ -196,8 +196,10 @@ def image_transform(files: Files) -> ImageTransform:
         resize, resize_to = "shortest", (size["shortest_edge"], size["shortest_edge"])
     else:
         raise InputError(f"hf:{files.name}: its image processor gives no fixed size ({size})")
-    if not processor.do_resize:
-        raise InputError(f"hf:{files.name}: its image processor does not resize")
+    if not processor.do_resize or int(processor.resample) not in _RESAMPLING:
+        raise InputError(
+            f"hf:{files.name}: its image processor must resize with bilinear or bicubic resampling"
+        )
     normalises = processor.do_normalize
     return ImageTransform(
         size=(crop["height"], crop["width"]) if crop else resize_to,

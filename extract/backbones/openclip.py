@@ -65,8 +65,7 @@ def load(
         "precision": precision,
     }
     context = {
-        "model": source.model,
-        "weights_file": None if source.checkpoint is None else str(source.checkpoint),
+        "name": source.resolved,
         "versions": versions("open_clip_torch", "torchvision", "pillow"),
         "device": device_name(device),
     }

@@ -32,6 +32,8 @@ class Source:
     """The weights file; None: open_clip finds it in the folder or on the hub."""
     preprocessing: dict[str, Any]
     """Preprocessing that belongs to a known tag."""
+    resolved: str
+    """``name`` with its path made absolute."""
     quick_gelu: bool = False
     """Whether the tag's weights were trained with QuickGELU."""
 
@@ -43,7 +45,7 @@ def find_source(name: str) -> Source:
         InputError: unknown model or tag (nearest names are given), no such file, no network.
     """
     if name.startswith("hf-hub:"):
-        return Source(name, name, None, {})
+        return Source(name, name, None, {}, name)
     folder = Path(name.removeprefix("local-dir:")).expanduser()
     if folder.is_dir() or name.startswith("local-dir:"):
         return _folder(name, folder)
@@ -64,10 +66,10 @@ def find_source(name: str) -> Source:
         keys = ("mean", "std", "interpolation", "resize_mode", "fill_color")
         preprocessing = {key: cfg[key] for key in keys if cfg.get(key) is not None}
         checkpoint = _download(name, cfg)
-        return Source(name, model, checkpoint, preprocessing, bool(cfg.get("quick_gelu")))
+        return Source(name, model, checkpoint, preprocessing, name, bool(cfg.get("quick_gelu")))
     checkpoint = Path(weights).expanduser()
     if checkpoint.is_file():
-        return Source(name, model, checkpoint, {})
+        return Source(name, model, checkpoint, {}, f"{model}/{checkpoint.absolute()}")
     if checkpoint.suffix or "/" in weights:
         raise InputError(f"open_clip:{name}: no such checkpoint file: {checkpoint}")
     near = _nearest(weights, tags)
@@ -97,7 +99,7 @@ def _folder(name: str, folder: Path) -> Source:
     files = sorted(file for pattern in _WEIGHTS for file in folder.glob(pattern))
     if not files:
         raise InputError(f"open_clip:{name}: the folder holds no weights ({', '.join(_WEIGHTS)})")
-    return Source(name, f"local-dir:{folder}", None, {})
+    return Source(name, f"local-dir:{folder}", None, {}, str(folder.absolute()))
 
 
 def _download(name: str, cfg: dict[str, Any]) -> Path:

@@ -185,10 +185,15 @@ def _conclude(
         report(f"  {line}")
     report("")
     report("Next:")
-    report(f"  look at a picture      {directory / 'data-set' / 'data'}")
-    report(f"  how good, label by label   {directory / 'runs' / best / 'README.md'}")
-    report(f"  what a store holds     mmc info {directory / 'demo.store'}")
-    report("  your own data          mmc extract your.csv my.store --backbone \\")
-    report("                           open_clip:ViT-B-32/laion2b_s34b_b79k --name clip")
-    report("                         mmc train-head my.store my.run --head router")
-    report("                         mmc predict my.run new.csv --out predictions.csv")
+    own = (
+        "mmc extract your.csv my.store --backbone open_clip:ViT-B-32/laion2b_s34b_b79k --name clip"
+    )
+    for what, how in (
+        ("the pictures", str(directory / "data-set" / "data")),
+        ("label by label", str(directory / "runs" / best / "README.md")),
+        ("what a store holds", f"mmc info {shlex.quote(str(directory / 'demo.store'))}"),
+        ("your own data", own),
+        ("", "mmc train-head my.store my.run --head router"),
+        ("", "mmc predict my.run new.csv --out predictions.csv"),
+    ):
+        report(f"  {what:<20}{how}".rstrip())

@@ -24,7 +24,7 @@ class MLPConfig:
     """Width of the hidden layers."""
     layers: int = 1
     """Hidden layers."""
-    dropout: float = 0.2
+    dropout: float = 0.5
     """Share of hidden values dropped while training."""
     normalize: Normalize = "center"
     """Per field: ``center`` = unit length, minus the training mean, one scale; ``l2`` = unit
@@ -42,7 +42,7 @@ class MLP(Head):
     """Linear, GELU and dropout per hidden layer, then a linear layer to the logits."""
 
     Config = MLPConfig
-    learning_rate = 1e-3
+    learning_rate = 8e-4
 
     def __init__(
         self,

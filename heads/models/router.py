@@ -67,7 +67,6 @@ class Router(Head):
             _classifier(width, num_labels, config.hidden, config.dropout) for width in widths
         )
         self.register_buffer("prior", torch.zeros(num_labels))
-        self.strength = nn.Parameter(torch.ones(len(widths), num_labels), requires_grad=True)
         self.router = _classifier(sum(widths), len(widths), config.router_hidden, config.dropout)
 
     def prepare(self, batch: Batch) -> Batch:
@@ -78,14 +77,12 @@ class Router(Head):
         logits_BC = self.prior.expand(len(weights_BF), -1)
         for index, (role, classifier) in enumerate(zip(self.roles, self.classifiers, strict=True)):
             evidence_BC = classifier(prepared[role]) - self.prior
-            logits_BC = logits_BC + weights_BF[:, index : index + 1] * evidence_BC * self.strength[index]
+            logits_BC = logits_BC + weights_BF[:, index : index + 1] * evidence_BC
         return logits_BC
 
     def stages(self) -> list[Stage]:
         alone = [self._stage(index) for index in range(len(self.roles))]
         trains = {"router": 1.0}
-        import os
-        if os.environ.get("STR"): trains["strength"] = float(os.environ["STR"])
         if self.config.classifier_lr:
             trains["classifiers"] = self.config.classifier_lr
         return [*alone, Stage(name="router", trains=trains)]

@@ -35,7 +35,9 @@ class Result:
 
 
 @pytest.fixture
-def mmc(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+def mmc(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Result]:
     """Run ``mmc ARGS`` in this process."""
     from mmc.cli import main
 

@@ -104,7 +104,9 @@ def test_a_run_trained_on_other_features(mmc: Callable, trained, dataset, backbo
     assert not (tmp_path / "p.csv").exists()
 
 
-def test_features_made_differently_are_not_mixed(mmc: Callable, trained, dataset, tmp_path, backbone):
+def test_features_made_differently_are_not_mixed(
+    mmc: Callable, trained, dataset, tmp_path, backbone
+):
     store = tmp_path / "s"
     shutil.copytree(trained[0], store)
     before = {p: p.read_bytes() for p in (store / "features").rglob("*") if p.is_file()}
@@ -143,7 +145,9 @@ def test_label_set_that_does_not_match(mmc: Callable, table, dataset, backbone, 
 
 
 @pytest.mark.parametrize("command", ["extract", "train-head"])
-def test_an_output_folder_with_other_content(mmc: Callable, trained, dataset, backbone, tmp_path, command):
+def test_an_output_folder_with_other_content(
+    mmc: Callable, trained, dataset, backbone, tmp_path, command
+):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious", encoding="utf-8")
     if command == "extract":

@@ -76,7 +76,7 @@ class Case:
 
 
 def config(**settings: object) -> ExtractConfig:
-    """Two threads, batches of 4 images (16 texts), shards of 16 rows, on the CPU."""
+    """Two threads, batches of 4 images (8 texts), shards of 16 rows, on the CPU."""
     defaults: dict[str, object] = {
         "backbones": (SPEC,),
         "names": ("fake",),

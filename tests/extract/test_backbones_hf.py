@@ -299,11 +299,14 @@ def test_pooling_is_no_option_of_dual_encoders(folders: dict[str, Path]):
         load(folders["clip"], "[pooling=mean]")
 
 
-def test_image_processors_without_a_fixed_size(folders: dict[str, Path], tmp_path: Path):
+def test_image_processors_that_are_not_supported(folders: dict[str, Path], tmp_path: Path):
     folder = Path(shutil.copytree(folders["clip"], tmp_path / "clip"))
     settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
     write(folder, "preprocessor_config.json", {**settings, "do_center_crop": False})
     with pytest.raises(InputError, match="gives no fixed size"):
+        load(folder)
+    write(folder, "preprocessor_config.json", {**settings, "resample": 1})
+    with pytest.raises(InputError, match="bilinear or bicubic"):
         load(folder)
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import random
 import struct
 import zlib
@@ -86,6 +87,15 @@ def test_resize_modes_equal_reference(resize: str, width: int, height: int):
     for size in ((48, 48), (40, 64)):
         transform = ImageTransform(size=size, resize=resize, fill=128)
         assert_near(decode(data, transform), decode_reference(data, transform))
+
+
+@pytest.mark.parametrize(("width", "height"), [(112, 112), (97, 61), (271, 416), (61, 300)])
+def test_bilinear_differs_by_rounding_only(width: int, height: int):
+    data = encoded(picture(width, height), quality=90)
+    transform = ImageTransform(size=(64, 64), interpolation="bilinear")
+    fast, reference = decode(data, transform).int(), decode_reference(data, transform).int()
+    assert (fast - reference).abs().max() <= 2
+    assert centred_cosine(fast, reference) >= 0.9999
 
 
 def test_the_fast_path_is_taken_for_plain_jpegs_only():
@@ -346,10 +356,12 @@ def test_reasons(reason: str):
 def test_read_image(tmp_path: Path):
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "link.jpg").symlink_to(tmp_path / "gone.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "many.bin").write_bytes(b"0123456789")
     for name, reason in (
         ("none.jpg", "no such file"),
         ("folder.jpg", "a directory"),
+        ("pipe.jpg", "not a regular file"),
         ("link.jpg", "a link to a file that does not exist"),
         ("many.bin/x.jpg", "cannot be read: Not a directory"),
     ):

@@ -71,7 +71,7 @@ def test_settings_of_the_store_are_kept_when_none_are_given(case):
     case.add(1)
     case.extract(batch_size=None, precision=None, max_text_tokens=None, shard_rows=None)
     identity = opened(case).provenance("fake").identity
-    assert identity["batch_size"] == {"image": 2, "text": 8}
+    assert identity["batch_size"] == {"image": 2, "text": 4}
     assert identity["max_text_tokens"] == 16
     assert CALLS["image rows"] == 2
 

@@ -115,6 +115,7 @@ def test_a_text_encoder_leaves_pictures_alone(case, bert):
 
 def test_the_share_of_the_bare_forward_rate(case, clip, monkeypatch):
     monkeypatch.setattr(ceiling, "SHORTEST_RUN_SECONDS", 0.0)
+    monkeypatch.setattr(ceiling, "FEWEST_BATCHES", 2)
     monkeypatch.setattr(ceiling, "BUDGET_SECONDS", 0.2)
     report = case.extract(backbones=(clip,), names=("clip",))
     assert report.ceiling > report.rate > 0

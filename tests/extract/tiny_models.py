@@ -15,14 +15,15 @@ from torch import nn
 
 
 def draw_weights(model: nn.Module, seed: int = 0) -> None:
-    """Fill ``model`` in place: matrices with 1.5 / sqrt(fan in), norms near 1, biases near 0."""
+    """Fill ``model`` in place: matrices with 1.3 / sqrt(fan in), norms near 1, biases near 0."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim >= 2:
             embedding = "embed" in name
             fan = 1 if embedding else math.prod(parameter.shape[1:])
-            parameter.data = noise * (0.5 if embedding else 1.5 / math.sqrt(fan))
+            gain = 1.3 if parameter.ndim == 2 else 1.6  # convolutions lose more of their input
+            parameter.data = noise * (0.3 if embedding else gain / math.sqrt(fan))
         elif name.endswith("weight"):
             parameter.data = 1 + 0.2 * noise
         elif parameter.ndim == 1:

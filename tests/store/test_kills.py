@@ -462,6 +462,43 @@ def test_overwrite_is_killed_anywhere(place: Place) -> None:
         assert (store.status(ALIAS, "image") == DONE).all()
 
 
+def test_committing_rows_again_is_killed_anywhere(place: Place) -> None:
+    """No row may have one field of the old commit and another field of the new one."""
+
+    def commit(path: str, value: float) -> None:
+        store = EmbeddingStore.open(path)
+        with store.writer(ALIAS, FIELDS[1:], IDENTITY, {}, 8) as writer:
+            tokens = np.full((8, 3, 2), value, "float32")
+            arrays = {"text_tokens": tokens, "text_mask": np.full((8, 3), value > 0)}
+            writer.commit(0, "text", range(8), arrays)
+
+    make(place.path)
+    commit(place.path, 0)
+    for path in every_kill(place, lambda path: commit(path, 1)):
+        store = EmbeddingStore.open(path)
+        tokens, mask = store[f"{ALIAS}/text_tokens"], store[f"{ALIAS}/text_mask"]
+        rows = np.flatnonzero(tokens.done)
+        assert len(rows) in (0, 8)
+        np.testing.assert_array_equal(tokens.take(rows)[:, :, 0] > 0, mask.take(rows))
+
+
+def test_replacing_label_texts_is_killed_anywhere(place: Place) -> None:
+    def write(path: str, count: int) -> None:
+        store = EmbeddingStore.open(path)
+        with store.writer(ALIAS, FIELDS[:1], IDENTITY, {}, 8) as writer:
+            writer.write_label_text(LABELS[:count], np.full((count, 2), count), "{label}")
+
+    make(place.path)
+    write(place.path, 3)
+    for path in every_kill(place, lambda path: write(path, 2)):
+        found = EmbeddingStore.open(path).label_text(ALIAS)
+        assert found is None or (found[1] == len(found[0])).all()
+        write(path, 2)
+        found = EmbeddingStore.open(path).label_text(ALIAS)
+        assert found is not None
+        assert found[0] == LABELS[:2]
+
+
 def test_leftovers_are_cleaned_by_the_next_writer(tmp_path: Path) -> None:
     place = Place(tmp_path)
     make(place.path)

@@ -133,11 +133,11 @@ def data() -> Any:
 def test_local_stores_are_mapped_and_others_are_not(store: EmbeddingStore, tmp_path: Path) -> None:
     feature = store["a/f"]
     feature.take([0, 19])
-    assert {type(shard) for shard in feature._shards.values()} == {MappedShard}
+    assert {type(entry.shard) for entry in feature._shards.values()} == {MappedShard}
     field = FieldSpec(name="f", shape=(4,), dtype="float32", tower="image")
     packed = make(f"{tmp_path}/z", field, numbers(20, field, 0), set(), 20, compress="zstd")["a/f"]
     packed.take([0, 19])
-    assert {type(shard) for shard in packed._shards.values()} == {ChunkedShard}
+    assert {type(entry.shard) for entry in packed._shards.values()} == {ChunkedShard}
 
 
 def test_indexing(store: EmbeddingStore, data: Any) -> None:
@@ -198,7 +198,7 @@ def test_out_is_filled_and_checked(store: EmbeddingStore, data: Any) -> None:
 def test_few_shards_stay_open(
     store: EmbeddingStore, data: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mmc.store.feature._OPEN_SHARDS", 1)
+    monkeypatch.setattr("mmc.store.feature.MANY_SHARDS", 1)
     feature = store["a/f"]
     rows = np.array([0, 19, 9, 1, 18])
     np.testing.assert_array_equal(feature.take(rows), data[rows])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mmc.store import EmbeddingStore, Labels
 from mmc.store.errors import DamagedStoreError, FormatVersionError, InputError, NotAStoreError
-from mmc.store.samples import labels_column
+from mmc.store.samples import labels_column, take_rows
 from mmc.store.testing import LABELS, SOURCE, samples_table
 
 
@@ -213,3 +213,13 @@ def test_an_open_store_keeps_its_view_while_another_syncs(tmp_path: Path) -> Non
     assert len(reader) == 3
     assert reader.column("id").to_pylist() == ["s0", "s1", "s2"]
     assert len(writer) == 5
+
+
+def test_long_texts_are_taken_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrow's take fails beyond 2 GiB of text in a column; here a block holds a few rows."""
+    monkeypatch.setattr("mmc.store.samples._TAKE_BYTES", 64)
+    texts = pa.chunked_array([["a" * 9, None, "", "b"], ["c" * 40], [], ["d", "e"]], pa.string())
+    table = pa.table({"text": texts, "number": range(7)})
+    for rows in ([], [3], [6, 0, 4, 4, 1, 2, 5, 3, 0]):
+        wanted = np.array(rows, np.int64)
+        assert take_rows(table, wanted).equals(table.take(pa.array(wanted)))
