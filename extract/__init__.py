@@ -1,1 +1,1 @@
-
+"""From a source of samples to a filled store."""

@@ -20,6 +20,7 @@ import torch
 
 from mmc.extract.jobs import Clock, Job, Outputs
 from mmc.extract.lanes import ShardWork
+from mmc.store.errors import MmcError
 
 T = TypeVar("T")
 
@@ -113,6 +114,7 @@ class Engine:
         self._jobs: Channel[Job] = Channel(QUEUED_JOBS, self._stop)
         self._shards: Channel[ShardTask] = Channel(SHARDS_IN_FLIGHT, self._stop)
         self._head: ShardTask | None = None
+        self._writable = True
 
     @property
     def encoders(self) -> int:
@@ -153,6 +155,12 @@ class Engine:
                     work()
             except Stopped:
                 pass
+            except torch.OutOfMemoryError as error:
+                self._errors.append(
+                    MmcError(f"{self._device} ran out of memory; give a smaller --batch-size")
+                )
+                self._errors[-1].__cause__ = error
+                self._stop.set()
             except BaseException as error:
                 self._errors.append(error)
                 self._stop.set()
@@ -228,13 +236,17 @@ class Engine:
         self._write(work)
 
     def _write(self, work: ShardWork) -> None:
-        with self._clock.measure("write"):
-            work.commit()
+        try:
+            with self._clock.measure("write"):
+                work.commit()
+        except BaseException:
+            self._writable = False
+            raise
 
     def _commit_head(self) -> None:
         """After a stop: keep what the oldest shard in flight has. Later shards may hold copies of
         rows of this one that are still missing, so they are left."""
-        if self._head is None or any(isinstance(error, OSError) for error in self._errors):
+        if self._head is None or not self._writable:
             return
         for work in self._head.works:
             self._write(work)
@@ -251,7 +263,7 @@ def _to_host(outputs: list[Outputs]) -> tuple[list[Outputs], torch.cuda.Event | 
         for name, value in values.items():
             host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
             copies[-1][name] = host.copy_(value, non_blocking=True)
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event = torch.cuda.Event()
     event.record()
     return copies, event
 

@@ -169,7 +169,6 @@ class Filling:
             buffers=Buffers(pinned=self._device.type == "cuda"),
             clock=self._clock,
             max_pixels=self._config.max_pixels,
-            part_size=8 if self._device.type == "cpu" else 16,
         )
 
         def tick() -> None:

@@ -23,6 +23,8 @@ from mmc.extract.plan import Rows
 from mmc.extract.transforms import ImageTransform
 
 STAGES = ("read", "decode", "encode", "write")
+PICTURES_PER_PART = 16
+"""One thread decodes so many at a time; several threads share a large batch."""
 
 
 class Clock:
@@ -89,8 +91,6 @@ class ImageSettings:
     buffers: Buffers
     clock: Clock
     max_pixels: int
-    part_size: int
-    """Pictures that one thread decodes at a time."""
 
 
 class ImageJob:
@@ -112,10 +112,9 @@ class ImageJob:
             if geometry not in self._pixels:
                 shape = (self._size, 3, *geometry.size)
                 self._pixels[geometry] = self._settings.buffers.take(shape)
-        step = self._settings.part_size
         return [
-            partial(self._fill, range(start, min(start + step, self._size)))
-            for start in range(0, self._size, step)
+            partial(self._fill, range(start, min(start + PICTURES_PER_PART, self._size)))
+            for start in range(0, self._size, PICTURES_PER_PART)
         ]
 
     def _fill(self, places: range) -> None:

@@ -72,9 +72,10 @@ def extract(
     for line in (*samples.notes, *(f"warning: {line}" for line in samples.warnings)):
         report(line)
     names = read_label_names(config.label_names, samples.label_set)
+    contents = _contents(samples, store)
     loading = time.perf_counter()
     loaded = [
-        _load(spec, alias, store, config, device, _contents(samples, store), report)
+        _load(spec, alias, store, config, device, contents, report)
         for spec, alias in zip(config.backbones, aliases, strict=True)
     ]
     load_seconds = time.perf_counter() - loading
@@ -113,13 +114,12 @@ def _open_if_there(path: str) -> EmbeddingStore | None:
 
 def _contents(samples: Samples, store: EmbeddingStore | None) -> set[str]:
     """Which of image and text any sample has, in the source or in the store."""
-    tables = [samples.table] if store is None else [samples.table, store.samples]
-    return {
-        name
-        for name in ("image", "text")
-        for table in tables
-        if name in table.column_names and table[name].null_count < len(table)
-    }
+    found = set()
+    for name in ("image", "text"):
+        columns = [samples.table[name]] + ([] if store is None else [store.column(name)])
+        if any(column.null_count < len(column) for column in columns):
+            found.add(name)
+    return found
 
 
 def _load(

@@ -75,7 +75,7 @@ def _config(recipe: Mapping[str, Any], options: SourceOptions, device: str) -> E
             "extract the data yourself and give the store"
         )
     return ExtractConfig(
-        backbones=(context["spec"],),
+        backbones=(context.get("resolved_spec", context["spec"]),),
         names=(recipe["alias"],),
         fields=tuple(recipe["fields"]),
         batch_size=identity["batch_size"]["image"],

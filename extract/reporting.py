@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import pyarrow as pa
 
 from mmc.extract.lanes import NO_IMAGE, Lane
 from mmc.extract.options import ExtractReport, Failure
@@ -29,41 +30,34 @@ def say_sync(sync: SyncReport, report: Say) -> None:
 
 def failures(store: EmbeddingStore, lanes: Sequence[Lane]) -> list[Failure]:
     """Rows of this run that could not be embedded, by row; those without an image left out."""
-    found = [
+    found = sorted(
         (row, lane.label, lane.failed[row])
         for lane in lanes
-        for row in lane.pending.tolist()
-        if lane.failed.get(row, NO_IMAGE) != NO_IMAGE
-    ]
-    if not found:
-        return []
-    ids = store.column("id")
+        for row in _failed_now(lane)
+        if lane.failed[row] != NO_IMAGE
+    )
+    ids = store.column("id").take(pa.array([row for row, _, _ in found], pa.int64()))
     return [
-        Failure(row=row, id=ids[row].as_py(), feature=label, reason=reason)
-        for row, label, reason in sorted(found)
+        Failure(row=row, id=name, feature=label, reason=reason)
+        for (row, label, reason), name in zip(found, ids.to_pylist(), strict=True)
     ]
 
 
 def count_without_image(lanes: Sequence[Lane]) -> int:
     """Samples of this run that name no image."""
-    rows = {
-        row
-        for lane in lanes
-        if lane.tower == "image"
-        for row in lane.pending.tolist()
-        if lane.failed.get(row) == NO_IMAGE
-    }
-    return len(rows)
+    return len({row for lane in lanes for row in _failed_now(lane) if lane.failed[row] == NO_IMAGE})
 
 
 def count_embedded(lanes: Sequence[Lane]) -> int:
     """Samples that got at least one new embedding."""
-    done = [
-        lane.pending[[row not in lane.failed for row in lane.pending.tolist()]]
-        for lane in lanes
-        if len(lane.pending)
-    ]
+    done = [np.setdiff1d(lane.pending, list(lane.failed)) for lane in lanes]
     return len(np.unique(np.concatenate(done))) if done else 0
+
+
+def _failed_now(lane: Lane) -> list[int]:
+    """Rows that failed in this run, not in an earlier one."""
+    rows = np.fromiter(lane.failed, np.int64, len(lane.failed))
+    return np.intersect1d(rows, lane.pending).tolist()
 
 
 def bottleneck(stages: dict[str, float], threads: dict[str, int]) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 64 << 20
 """Read at a time, of all fields together."""
+MIN_BLOCK_ROWS = 256
 
 # What a derived seed is for.
 _ORDER, _DROPOUT = 1, 2
@@ -35,7 +36,7 @@ def raw_blocks(
     """
     stored = {role: store[name] for role, name in features.items()}
     row_bytes = sum(int(np.prod(f.shape[1:])) * f.dtype.itemsize for f in stored.values())
-    step = max(256, BLOCK_BYTES // max(row_bytes, 1))
+    step = max(MIN_BLOCK_ROWS, BLOCK_BYTES // max(row_bytes, 1))
     for start in range(0, len(store), step):
         first, last = np.searchsorted(rows, (start, start + step))
         if first == last:

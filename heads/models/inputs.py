@@ -69,14 +69,17 @@ class InputNorm(nn.Module):
             return
         norms: list[FieldNorm] = list(self.fields)  # type: ignore[arg-type]
         rows = 0
+        anchors: list[Tensor] = []
         sums = [torch.zeros(2, len(n.shift), dtype=torch.float64) for n in norms]
         for block in blocks:
-            for role, norm, total in zip(self.roles, norms, sums, strict=True):
-                x_BD = norm.unscaled(block[role])
-                # Float32 sums of one block, float64 across blocks: exact enough, and fast.
+            values = [n.unscaled(block[r]) for r, n in zip(self.roles, norms, strict=True)]
+            # Moments about a point near the mean: no cancellation where the mean is large.
+            anchors = anchors or [x_BD.mean(0) for x_BD in values]
+            for x_BD, anchor, total in zip(values, anchors, sums, strict=True):
+                x_BD = x_BD - anchor
                 total += torch.stack([x_BD.sum(0), x_BD.square().sum(0)]).double().cpu()
-            rows += len(x_BD)
-        for norm, total in zip(norms, sums, strict=True):
+            rows += len(values[0])
+        for norm, anchor, total in zip(norms, anchors, sums, strict=True):
             mean = total[0] / rows
             variance = (total[1] / rows - mean.square()).clamp(min=0)
-            norm.fit(mean.to(norm.shift), variance.to(norm.shift))
+            norm.fit(anchor + mean.to(norm.shift), variance.to(norm.shift))

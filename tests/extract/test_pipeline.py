@@ -396,3 +396,14 @@ def test_a_folder_with_other_content_is_left_alone(case):
 )
 def test_names_made_from_specs(spec, alias):
     assert config(backbones=(spec,), names=None).aliases() == (alias,)
+
+
+def test_a_device_without_room_names_the_way_out(case, monkeypatch):
+    case.add(8)
+
+    def too_large(self, pixels, fields):
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    monkeypatch.setattr(Counting, "encode_image", too_large)
+    with pytest.raises(MmcError, match="ran out of memory; give a smaller --batch-size"):
+        case.extract()

@@ -128,6 +128,9 @@ def test_float16_as_it_is_stored_gives_float32_logits(entry):
 @heads
 def test_the_gradient_reaches_every_parameter(entry):
     head = make_head(entry)
+    if not head.stages():
+        assert not list(head.parameters())  # nothing to train, and so it says
+        return
     head(make_batch(head)).square().sum().backward()
     for name, parameter in head.named_parameters():
         assert parameter.grad is not None, name
