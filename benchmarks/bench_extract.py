@@ -18,6 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import argparse
 import json
+import logging
 import shutil
 import statistics
 import tempfile
@@ -247,6 +248,7 @@ def summary(rounds: list[dict[str, float]]) -> dict[str, list[float]]:
 
 
 def main() -> None:
+    logging.getLogger().setLevel(logging.ERROR)  # open_clip warns that weights are random
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)

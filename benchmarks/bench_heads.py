@@ -103,9 +103,13 @@ class Problem:
         """mmc's engine with its defaults."""
         head = self.head()
         head.set_prior(self.loss.prior())
-        val = self.val if validate else Data(
-            inputs={key: values[:64] for key, values in self.val.inputs.items()},
-            targets=self.val.targets[:64],
+        val = (
+            self.val
+            if validate
+            else Data(
+                inputs={key: values[:64] for key, values in self.val.inputs.items()},
+                targets=self.val.targets[:64],
+            )
         )
         return Engine(
             head,
@@ -161,9 +165,11 @@ class Problem:
         """One step's matrix products alone: every linear layer forward, and its gradients."""
         head = self.head()
         layers = [m for m in head.modules() if isinstance(m, torch.nn.Linear)]
-        first = {id(layers[0])} if self.name in ("linear", "mlp") else {
-            id(m) for m in layers if m.in_features in (WIDTH, FIELDS * WIDTH)
-        }
+        first = (
+            {id(layers[0])}
+            if self.name in ("linear", "mlp")
+            else {id(m) for m in layers if m.in_features in (WIDTH, FIELDS * WIDTH)}
+        )
         products = []
         for layer in layers:
             shape = (self.batch, layer.in_features)
@@ -217,9 +223,14 @@ def speed(problem: Problem) -> None:
         f"{problem.name:8} batch {problem.batch}, {str(problem.dtype).removeprefix('torch.')}: "
         + ", ".join(f"{k} {v:,.0f}/s" for k, v in median.items())
     )
-    for label, top, bottom in (("mmc / plain loop", "mmc", "plain"), ("mmc / floor", "mmc", "floor")):
+    for label, top, bottom in (
+        ("mmc / plain loop", "mmc", "plain"),
+        ("mmc / floor", "mmc", "floor"),
+    ):
         ratios = sorted(r[top] / r[bottom] for r in rounds)
-        print(f"{'':8} {label:18} {statistics.median(ratios):6.2f}  [{ratios[0]:.2f}-{ratios[-1]:.2f}]")
+        print(
+            f"{'':8} {label:18} {statistics.median(ratios):6.2f}  [{ratios[0]:.2f}-{ratios[-1]:.2f}]"
+        )
 
 
 def time_to_quality(problem: Problem, plain_epochs: int) -> None:
@@ -270,7 +281,9 @@ def effective_cores() -> float:
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--val-rows", type=int, default=20_000)
     parser.add_argument("--heads", default="linear,mlp")

@@ -215,5 +215,6 @@ def _refuse_failures(store: EmbeddingStore, aliases: Sequence[str]) -> None:
                 rows.add(error["row"])
     if rows:
         raise MmcError(
-            f"{len(rows):,} samples could not be embedded (--strict); the rest is in {store.path}"
+            f"{len(rows):,} of {len(store):,} samples could not be embedded (--strict is on); "
+            f"the rest is in {store.path}"
         )

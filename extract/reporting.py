@@ -87,9 +87,9 @@ def say_outcome(outcome: ExtractReport, report: Say) -> None:
         f"loading the backbone took {outcome.load_seconds:,.1f} s"
     )
     if outcome.without_image:
-        report(f"{outcome.without_image:,} samples have no image")
+        report(f"samples without an image: {outcome.without_image:,}")
     if outcome.failed:
-        report(f"warning: {outcome.failed:,} samples could not be embedded:")
+        report(f"warning: {outcome.failed:,} of {outcome.samples:,} samples could not be embedded:")
         for failure in outcome.failures:
             report(f"  {failure.id}: {failure.reason} ({failure.feature})")
         if outcome.failed > len(outcome.failures):

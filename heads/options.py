@@ -64,7 +64,7 @@ class TrainConfig:
     """Most passes over the training rows, per stage; default: 30, and more where an epoch has
     fewer than 100 steps. Early stopping usually ends it before."""
     lr: float | None = None
-    """Learning rate; default: the head's own, times the root of the batch size over 256."""
+    """Learning rate; default: the head's own, times the fourth root of the batch size over 256."""
     seed: int = 0
     """Order, initialisation and dropout; the same seed gives the same weights."""
     precision: Literal["auto", "bf16", "float32"] = "auto"

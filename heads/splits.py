@@ -35,7 +35,7 @@ class Splits:
 def choose(store: "EmbeddingStore", features: Sequence[str], *, trains: bool) -> Splits:
     """The rows of each split.
 
-    Without a ``val`` split a tenth of the training rows validates, chosen by a hash of the id so
+    Without usable ``val`` rows a tenth of the training rows validates, chosen by a hash of the id so
     that it stays the same when samples are added. Rows without any split train when no row is
     marked ``train``.
 
@@ -53,12 +53,13 @@ def choose(store: "EmbeddingStore", features: Sequence[str], *, trains: bool) ->
     }
     if marked == "" and len(rows["train"]):
         notes.append("no row is marked train: rows without a split are used for training")
-    if not len(store.rows(split="val")) and len(rows["train"]):
+    if not len(rows["val"]) and len(rows["train"]):
         held = _held_out(store, rows["train"])
+        why = "no usable val rows" if len(store.rows(split="val")) else "no val split"
         rows["train"], rows["val"] = rows["train"][~held], rows["train"][held]
         notes.append(
-            f"no val split: {len(rows['val']):,} of {held.size:,} training rows (by a hash of "
-            "their id) are held out for validation"
+            f"{why}: {len(rows['val']):,} of {held.size:,} training rows (by a hash of their id) "
+            "are held out for validation"
         )
     for name in ("train", "val"):
         if not len(rows[name]) and trains:
@@ -134,6 +135,6 @@ def _empty(store: "EmbeddingStore", features: Sequence[str], name: str, marked: 
         why = f"{total:,} rows, none with {', '.join(features)} (`mmc extract` makes them)"
     else:
         why = f"{total:,} rows, none of them labelled and with features"
-    if name == "val" and not total:
-        why = "too few training rows to hold some out"
+    if name == "val":
+        why = f"{why}, and too few training rows to hold some out"
     return f"{store.path}: nothing to {'train' if name == 'train' else 'validate'} on: {why}"

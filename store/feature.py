@@ -35,6 +35,8 @@ class _Entry(NamedTuple):
 
     shard: Shard | None
     status: Status
+    unchanged: bool
+    """Whether that is what the feature saw when it was asked for."""
 
 
 class Feature:
@@ -184,16 +186,17 @@ class Feature:
     def _gather(self, rows: Rows, out: Array, missing: Missing, check: bool | None) -> None:
         items = _items(out, self._layout.row_bytes)
         wanted = self._done(rows, self._status[rows], missing)
-        positions = np.flatnonzero(wanted)
-        if len(positions) < len(rows):
-            out[~wanted] = fill_value(self.dtype)
-        numbers = rows[positions] // self._layout.shard_rows
         # A stable sort of small integers is a radix sort: 0.1 ms for 32,768 rows.
         small = np.uint16 if self._layout.num_shards <= 1 << 16 else np.int64
-        order = np.argsort(numbers.astype(small), kind="stable")
-        positions, numbers = positions[order], numbers[order]
-        cuts = np.flatnonzero(np.diff(numbers)) + 1
-        for places in np.split(positions, cuts) if len(positions) else []:
+        numbers = (rows // self._layout.shard_rows).astype(small)
+        order = np.argsort(numbers, kind="stable")
+        if not wanted.all():
+            out[~wanted] = fill_value(self.dtype)
+            order = order[wanted[order]]
+        if not len(order):
+            return
+        cuts = np.flatnonzero(np.diff(numbers[order])) + 1
+        for places in np.split(order, cuts):
             self._gather_shard(rows[places], places, out, items, missing, check)
 
     def _gather_shard(
@@ -209,8 +212,8 @@ class Feature:
         number = int(rows[0]) // self._layout.shard_rows
         entry = self._entry(number)
         start, stop = self._layout.bounds(number)
-        wanted = self._done(rows, entry.status[rows - start], missing)
-        if not wanted.all():
+        if not entry.unchanged:
+            wanted = self._done(rows, entry.status[rows - start], missing)
             out[places[~wanted]] = fill_value(self.dtype)
             rows, places = rows[wanted], places[wanted]
         if entry.shard is None or not len(places):
@@ -316,7 +319,9 @@ class Feature:
             if self._files.signature(status_file) == before:
                 if problem is not None:
                     raise problem
-                return _Entry(shard, status)
+                start, stop = self._layout.bounds(number)
+                same = np.array_equal(status[: stop - start], self._status[start:stop])
+                return _Entry(shard, status, same)
         raise MmcError(f"{self._files.where(key)} keeps changing; wait for the writer to finish")
 
     def _check_same_alias(self) -> None:

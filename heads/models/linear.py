@@ -26,7 +26,7 @@ class Linear(Head):
     """Logits = W x + b, x the normalised fields side by side."""
 
     Config = LinearConfig
-    learning_rate = 1e-3
+    learning_rate = 4e-4
 
     def __init__(
         self,

@@ -42,7 +42,7 @@ class MLP(Head):
     """Linear, GELU and dropout per hidden layer, then a linear layer to the logits."""
 
     Config = MLPConfig
-    learning_rate = 8e-4
+    learning_rate = 7e-4
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from PIL import Image
 from pipeline_case import SPEC, Case, config, picture
 
 from mmc.extract import jobs
-from mmc.extract.images import decode
+from mmc.extract.images import DEFAULT_MAX_PIXELS, decode
 from mmc.store import EmbeddingStore
 from mmc.store.errors import FingerprintMismatchError, InputError, MmcError, NotAStoreError
 
@@ -194,7 +194,7 @@ def test_bad_pictures_do_not_stop_the_run(case):
     assert "HTML" in report.failures[0].reason
     assert report.failures[2].reason == report.failures[0].reason
     assert "no such file" in report.failures[1].reason
-    assert any("3 samples could not be embedded" in line for line in case.said)
+    assert any("3 of 10 samples could not be embedded" in line for line in case.said)
     assert case.extract().failed == 0  # known to be bad: not tried again
     assert CALLS["image batches"] == 0
 
@@ -203,7 +203,7 @@ def test_strict_ends_with_an_error_when_all_else_is_done(case):
     case.add(10)
     (case.folder / "s3.png").write_bytes(b"no picture")
     for _ in range(2):
-        with pytest.raises(MmcError, match="1 samples could not be embedded") as caught:
+        with pytest.raises(MmcError, match="1 of 10 samples could not be embedded") as caught:
             case.extract(strict=True)
         assert caught.value.exit_code == 1
         assert opened(case).status("fake", "image").tolist().count(1) == 9
@@ -341,6 +341,10 @@ def test_an_error_in_a_thread_reaches_the_caller(case, monkeypatch):
     monkeypatch.setattr(Counting, "encode_image", broken)
     with pytest.raises(RuntimeError, match="the device fell off"):
         case.extract()
+
+
+def test_the_pixel_limit_is_that_of_the_decoder():
+    assert config().max_pixels == DEFAULT_MAX_PIXELS
 
 
 def test_progress_counts_rows(case):

@@ -1,14 +1,17 @@
 """Interrupted, killed, grown or spread over other threads: an extraction ends in the same bytes."""
 
+import contextlib
 import errno
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from counting_backbone import CALLS
 from pipeline_case import SPEC, Case
@@ -102,6 +105,47 @@ def wait_for(path: Path, child: subprocess.Popen) -> None:
         assert child.poll() is None, "the extraction ended before it was killed"
         time.sleep(0.05)
     raise AssertionError(f"{path} never came")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_mixture_of_repeats_shards_batches_and_stops(tmp_path, monkeypatch, seed):
+    draw = random.Random(seed)
+    case = Case(tmp_path)
+    case.add(2)
+    for _ in range(draw.randint(1, 30)):
+        repeated = {
+            "image": draw.choice(["", "p0.png", "p1.png", "p2.png"]),
+            "text": draw.choice(["", "x", "hello " * 3]),
+        }
+        case.add(1, **{name: value for name, value in repeated.items() if draw.random() < 0.5})
+    (tmp_path / "p1.png").write_bytes(b"no picture")
+    settings = {"shard_rows": draw.choice([1, 2, 4, 16]), "batch_size": draw.randint(1, 5)}
+    case.extract("whole", workers=1, **settings)
+    if seed % 2:
+        monkeypatch.setattr(Engine, "_encode_here", Engine._encode_on_device)
+    calls = []
+
+    def interrupt(stage, done, count):
+        calls.append(stage)
+        if stage != "files" and len(calls) > draw.randint(0, 20):
+            raise KeyboardInterrupt
+
+    slow = (f"{SPEC}[delay=0.005]",)
+    for _ in range(2):
+        with contextlib.suppress(KeyboardInterrupt):
+            case.extract(backbones=slow, workers=3, progress=interrupt, **settings)
+    # A last change, so that the last run writes and leaves its own spec in the record.
+    case.add(1)
+    case.extract(workers=draw.randint(1, 4), **settings)
+    case.extract("whole", workers=1, **settings)
+    assert case.files() == case.files("whole")
+    store = EmbeddingStore.open(tmp_path / "store")
+    values = store["fake/image"].take(range(len(store)), missing="fill")
+    first = {}
+    for row, sample in enumerate(case.rows):
+        same = first.setdefault(sample["image"], row)
+        np.testing.assert_array_equal(values[row], values[same])
+        assert np.isnan(values[row]).any() == (sample["image"] in ("", "p1.png"))
 
 
 def test_growing_in_steps(case):
