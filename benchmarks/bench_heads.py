@@ -73,9 +73,9 @@ class Problem:
         self.dtype = training_dtype("auto", device)
         self.batch = default_batch(rows, device)
         cls: type[Head] = load(lookup(HEADS, name, kind="head", group="mmc.heads"))
-        self.lr = default_lr(cls.learning_rate, self.batch, rows)
-        self.make = lambda: cls({k: (WIDTH,) for k in views}, LABELS, cls.Config()).to(device)
+        self.make = lambda: cls(dict.fromkeys(views, (WIDTH,)), LABELS, cls.Config()).to(device)
         scale = self.make()
+        self.lr = default_lr(scale.learning_rate, self.batch, rows)
         train = {key: values[:rows].to(device) for key, values in views.items()}
         scale.fit_inputs([train])
         self.state = scale.state_dict()
@@ -228,9 +228,8 @@ def speed(problem: Problem) -> None:
         ("mmc / floor", "mmc", "floor"),
     ):
         ratios = sorted(r[top] / r[bottom] for r in rounds)
-        print(
-            f"{'':8} {label:18} {statistics.median(ratios):6.2f}  [{ratios[0]:.2f}-{ratios[-1]:.2f}]"
-        )
+        middle = statistics.median(ratios)
+        print(f"{'':8} {label:18} {middle:6.2f}  [{ratios[0]:.2f}-{ratios[-1]:.2f}]")
 
 
 def time_to_quality(problem: Problem, plain_epochs: int) -> None:

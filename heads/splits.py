@@ -35,8 +35,8 @@ class Splits:
 def choose(store: "EmbeddingStore", features: Sequence[str], *, trains: bool) -> Splits:
     """The rows of each split.
 
-    Without usable ``val`` rows a tenth of the training rows validates, chosen by a hash of the id so
-    that it stays the same when samples are added. Rows without any split train when no row is
+    Without usable ``val`` rows a tenth of the training rows validates, chosen by a hash of the id
+    so that it stays the same when samples are added. Rows without any split train when no row is
     marked ``train``.
 
     Args:

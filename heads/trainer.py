@@ -94,6 +94,18 @@ def train(
             folder that holds something else or a finished run.
         MmcError: training diverged.
     """
+    # Building heads draws random numbers, and the engine sets seeds: the caller's stay as they are.
+    with torch.random.fork_rng([]):
+        return _train(store, run_path, config, report, progress)
+
+
+def _train(
+    store: "EmbeddingStore",
+    run_path: str | Path,
+    config: TrainConfig,
+    report: Report,
+    progress: Progress,
+) -> TrainReport:
     started = time.perf_counter()
     setup = _Setup(store, config)
     folder = _output_folder(run_path, config.overwrite)
@@ -105,6 +117,8 @@ def train(
         report(f"continuing the unfinished training in {folder}")
     head, loss = setup.build()
     position = setup.fit(head, loss, checkpoints, progress)
+    for line in _stage_lines(position):
+        report(line)
     run = setup.run(head, position)
     found = setup.measure(run)
     run.save(folder)
@@ -150,11 +164,12 @@ class _Setup:
         self.features = resolve(store, config.features, self.head_class, config.head)
         self.refs = {role: FeatureRef.of(store, name) for role, name in self.features.items()}
         self.label_text = self._label_text()
-        self.trains = bool(self._new_head().stages())
+        trial = self._new_head()
+        self.trains = bool(trial.stages())
         self.splits = splits.choose(store, list(self.features.values()), trains=self.trains)
         self.batch_size = config.batch_size or default_batch(len(self.splits.train), self.device)
         self.lr = config.lr or default_lr(
-            self.head_class.learning_rate, self.batch_size, len(self.splits.train)
+            trial.learning_rate, self.batch_size, len(self.splits.train)
         )
 
     def identity(self) -> dict[str, Any]:
@@ -179,10 +194,8 @@ class _Setup:
 
     def build(self) -> tuple[Head, Loss]:
         """The head with its inputs' scale and the label priors, and the loss."""
-        with torch.random.fork_rng([]):
-            torch.manual_seed(derive_seed(self.config.seed, _INIT))
-            head = self._new_head()
-        head = head.to(self.device)
+        torch.manual_seed(derive_seed(self.config.seed, _INIT))
+        head = self._new_head().to(self.device)
         loss = self.loss_class(self.loss_config, *self._counts()).to(self.device)
         rows = self.splits.train
         with torch.no_grad():
@@ -297,6 +310,21 @@ def default_batch(rows: int, device: torch.device) -> int:
 def default_lr(base: float, batch_size: int, rows: int) -> float:
     """``base`` at 256 samples, scaled gently with the batch that there really is."""
     return base * math.pow(min(batch_size, max(rows, 1)) / LR_BATCH, LR_POWER)
+
+
+def _stage_lines(position: Position) -> list[str]:
+    """What each stage reached, one line each."""
+    lines = []
+    for stage in dict.fromkeys(row["stage"] for row in position.history):
+        rows = [row for row in position.history if row["stage"] == stage]
+        best = [row for row in rows if row["best"]][-1]
+        name = next(key for key in best if key.startswith("val_") and key != "val_loss")
+        value = "undefined" if best[name] is None else f"{best[name]:.4f}"
+        lines.append(
+            f"{stage}: best {name} {value} (val_loss {best['val_loss']:.4f}) after epoch "
+            f"{best['epoch']} of {rows[-1]['epoch']}"
+        )
+    return lines
 
 
 def _loss_class(name: str, task: str) -> type[Loss]:

@@ -71,8 +71,8 @@ def merge(old: pa.Table, old_meta: StoreMeta, new: pa.Table, new_meta: StoreMeta
         InputError: the merged rows do not fit the task (several labels where one is allowed).
     """
     meta, source = _merged_meta(old_meta, new_meta)
-    old = _relabelled_for(old, old_meta, meta)
-    new = _relabelled_for(new, new_meta, meta)
+    old, lost = _relabelled_for(old, old_meta, meta)
+    new, _ = _relabelled_for(new, new_meta, meta)
 
     position = pc.index_in(old.column("id"), value_set=new.column("id"))
     matched = pc.is_valid(position).to_numpy()
@@ -89,7 +89,7 @@ def merge(old: pa.Table, old_meta: StoreMeta, new: pa.Table, new_meta: StoreMeta
     before, after = take_rows(old.select(_COMPARED), here), take_rows(new.select(_COMPARED), there)
     images = _image_changed(before, after)
     texts = _text_changed(before, after)
-    labels = _labels_changed(before, after)
+    labels = _labels_changed(before, after) | lost[here]
     returned = was_gone[here]
     touched = images | texts | labels | returned
 
@@ -127,7 +127,10 @@ def _merged_meta(old: StoreMeta, new: StoreMeta) -> tuple[StoreMeta, int]:
     else:
         index = len(sources)
         sources.append(recipe)
-    if not old.label_set or set(new.label_set) <= set(old.label_set):
+    if len(sources) == 1:
+        # The only source of a store decides its labels: a name that it has dropped is gone.
+        label_set = new.label_set
+    elif not old.label_set or set(new.label_set) <= set(old.label_set):
         label_set = old.label_set or new.label_set
     else:
         label_set = tuple(natsorted(set(old.label_set) | set(new.label_set)))
@@ -143,19 +146,26 @@ def _merged_meta(old: StoreMeta, new: StoreMeta) -> tuple[StoreMeta, int]:
     )
 
 
-def _relabelled_for(table: pa.Table, meta: StoreMeta, merged: StoreMeta) -> pa.Table:
-    """``table`` with its label indices pointing into the merged label set."""
+def _relabelled_for(table: pa.Table, meta: StoreMeta, merged: StoreMeta) -> tuple[pa.Table, Mask]:
+    """``table`` with its label indices pointing into the merged label set; rows that lost labels.
+
+    Labels that are not in it are dropped: only rows that are gone, or replaced, have them.
+    """
+    lost = np.zeros(len(table), bool)
     if meta.label_set == merged.label_set:
-        return table
+        return table, lost
     index = {label: position for position, label in enumerate(merged.label_set)}
-    lookup = np.array([index[label] for label in meta.label_set], np.int32)
+    lookup = np.array([index.get(label, -1) for label in meta.label_set], np.int32)
     indptr, indices, known = csr(table.column("labels"))
-    counts = np.diff(indptr)
-    indices = lookup[indices]
+    row = np.repeat(np.arange(len(table)), np.diff(indptr))
+    indices = lookup[indices] if len(indices) else indices
+    lost[row[indices < 0]] = True
+    row, indices = row[indices >= 0], indices[indices >= 0]
+    counts = np.bincount(row, minlength=len(table))
     # Both orders are natural nearly always; where one is not, keep rows ascending.
-    indices = indices[np.lexsort((indices, np.repeat(np.arange(len(counts)), counts)))]
+    indices = indices[np.lexsort((indices, row))]
     column = labels_column(counts, indices, known)
-    return table.set_column(table.column_names.index("labels"), "labels", column)
+    return table.set_column(table.column_names.index("labels"), "labels", column), lost
 
 
 def _differs(before: pa.Table, after: pa.Table, name: str) -> Mask:

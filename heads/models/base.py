@@ -52,8 +52,9 @@ class Head(nn.Module):
     max_inputs: ClassVar[int | None] = None
     wants_label_text: ClassVar[bool] = False
     """The label texts of the (one) alias that the head reads are passed to it."""
-    learning_rate: ClassVar[float] = 1e-3
-    """Default at a batch of 256 samples; the trainer scales it with the batch."""
+    learning_rate: float = 1e-3
+    """Default at a batch of 256 samples; the trainer scales it with the batch. A head may set its
+    own once it knows its inputs."""
 
     def __init__(
         self,

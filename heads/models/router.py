@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mmc.heads.models.base import Batch, Head, Stage
 from mmc.heads.models.dropout import Dropout
 from mmc.heads.models.inputs import InputNorm, Normalize
-from mmc.heads.models.linear import output_layer, set_bias
+from mmc.heads.models.linear import linear_rate, output_layer, set_bias
 from mmc.store.errors import InputError
 
 
@@ -55,7 +55,6 @@ class Router(Head):
 
     Config = RouterConfig
     min_inputs = 2
-    learning_rate = 6e-4
     prior: Tensor
 
     def __init__(
@@ -69,6 +68,7 @@ class Router(Head):
         super().__init__(inputs, num_labels, config, label_text=label_text)
         self.roles = tuple(inputs)
         widths = [shape[0] for shape in inputs.values()]
+        self.learning_rate = linear_rate(sum(widths) // len(widths))
         self.normalize = InputNorm(inputs, config.normalize)
         self.classifiers = nn.ModuleList(
             _classifier(width, num_labels, config.hidden, config.dropout) for width in widths

@@ -90,10 +90,10 @@ class ZeroShot(Head):
                 loss = F.cross_entropy(logits, targets)
             # A weak pull keeps a label without positives, or a separable one, finite.
             loss = loss + 1e-4 * bias.square().mean() + 1e-4 * log_scale.square()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             return loss
 
         with torch.enable_grad():
-            optimizer.step(closure)  # type: ignore[no-untyped-call]
+            optimizer.step(closure)
         self.log_scale.copy_(log_scale.detach())
         self.bias.copy_(bias.detach())

@@ -42,7 +42,7 @@ def test_train_head_says_how_good_it_is_and_writes_the_run(mmc: Callable, traine
     record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
     assert record["head_config"]["hidden"] == 16
     assert "test" in record["metrics"]
-    shown = f"{record['metrics']['test']['mAP']:.3f}"
+    shown = f"{record['metrics']['test']['mAP']:.4f}"
     assert shown in result.out
 
 

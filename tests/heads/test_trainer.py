@@ -57,7 +57,7 @@ def assert_same_bits(a: Path, b: Path) -> None:
 @pytest.mark.parametrize("head", ["linear", "mlp", "router"])
 def test_a_head_learns_and_says_how_good_it_is(make_store: Callable, tmp_path, task, head):
     store = make_store(task, n=200)
-    report = train(store, tmp_path / "run", config(head, epochs=None))
+    report = train(store, tmp_path / "run", config(head))
     headline = {"multilabel": "mAP", "binary": "auroc", "multiclass": "macro_f1"}[task]
     assert report.metrics["test"][headline] > 0.9
     assert report.rows == {"train": 100, "val": 50, "test": 47}  # 2 failed, 1 without labels

@@ -1,0 +1,206 @@
+"""Settings, the learning rate over time, and the small parts of the optimiser."""
+
+import math
+
+import pytest
+import torch
+
+from mmc.heads.checkpoints import differences, pack_optimizer, unpack_optimizer
+from mmc.heads.devices import pick_device, training_dtype
+from mmc.heads.engine import Position
+from mmc.heads.optim import Average, lr_factor, make_optimizer, set_lr, trained_parameters
+from mmc.heads.options import OptimConfig, TrainConfig, parse_set
+from mmc.store.config import field_docs
+from mmc.store.errors import InputError
+
+# -- settings --------------------------------------------------------------------------------------
+
+
+def test_settings_are_grouped_and_the_last_wins():
+    pairs = ["head.hidden=512", "optim.weight_decay=0.1", "head.hidden=64", "loss.x = a=b "]
+    assert parse_set(pairs) == {
+        "head": {"hidden": "64"},
+        "optim": {"weight_decay": "0.1"},
+        "loss": {"x": "a=b"},
+    }
+
+
+@pytest.mark.parametrize("pair", ["nonsense", "hidden=3", "head.=3", ".hidden=3", "head.hidden"])
+def test_settings_of_another_form(pair):
+    with pytest.raises(InputError, match=r"write group\.key=value"):
+        parse_set([pair])
+
+
+def test_settings_of_an_unknown_group():
+    with pytest.raises(InputError, match="no group 'data'; choose from head, loss, optim"):
+        parse_set(["data.x=1"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"batch_size": 0}, "--batch-size must be 1 or more, got 0"),
+        ({"epochs": 0}, "--epochs must be 1 or more"),
+        ({"lr": 0.0}, "--lr must be above 0"),
+        ({"lr": math.nan}, "--lr must be above 0"),
+        ({"seed": -1}, "--seed"),
+        ({"precision": "fp16"}, "auto, bf16 or float32"),
+        ({"settings": ("nonsense",)}, "nonsense"),
+    ],
+)
+def test_training_settings_are_checked(changes, says):
+    with pytest.raises(InputError, match=says):
+        TrainConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weight_decay": -1},
+        {"warmup": 1.0},
+        {"ema": 1.0},
+        {"beta2": -0.1},
+        {"patience": -1},
+        {"clip_norm": math.nan},
+        {"checkpoint_seconds": -1},
+    ],
+)
+def test_optimiser_settings_are_checked(changes):
+    with pytest.raises(InputError, match=rf"optim\.{next(iter(changes))}"):
+        OptimConfig(**changes)
+
+
+@pytest.mark.parametrize("config", [TrainConfig, OptimConfig])
+def test_every_setting_says_what_it_does(config):
+    assert set(field_docs(config)) == set(config.__dataclass_fields__)
+
+
+# -- learning rate ---------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_rises_and_falls():
+    config = OptimConfig(warmup=0.1)
+    factors = [lr_factor(step, 100, config) for step in range(100)]
+    assert factors[0] == pytest.approx(1 / 11)
+    assert factors[9] < factors[10] == pytest.approx(1)
+    assert factors[55] == pytest.approx(0.5)
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert 0 < factors[99] < 0.001
+
+
+def test_a_constant_learning_rate_stays():
+    config = OptimConfig(schedule="constant", warmup=0.0)
+    assert [lr_factor(step, 10, config) for step in range(10)] == [1.0] * 10
+
+
+# -- optimiser -------------------------------------------------------------------------------------
+
+
+def make_module() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 2, bias=False)
+    )
+
+
+def test_only_what_is_named_trains():
+    module = make_module()
+    groups = trained_parameters(module, {"2": 0.1})
+    assert {share: list(named) for share, named in groups.items()} == {0.1: ["2.weight"]}
+    assert [p.requires_grad for p in module.parameters()] == [False, False, True]
+    assert not module[1].training
+    trained_parameters(module, {"": 1.0})
+    assert all(p.requires_grad for p in module.parameters())
+    assert module[1].training
+
+
+def test_matrices_decay_and_biases_do_not():
+    groups = trained_parameters(make_module(), {"": 1.0, "2": 0.5})
+    optimizer = make_optimizer(groups, OptimConfig(weight_decay=0.3))
+    found = {
+        tuple(group["params"][0].shape): (group["weight_decay"], group["share"])
+        for group in optimizer.param_groups
+    }
+    assert found == {(4, 3): (0.3, 1.0), (4,): (0.0, 1.0), (2, 4): (0.3, 0.5)}
+    set_lr(optimizer, 0.2)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.2, 0.2, 0.1]
+
+
+def test_adamw_takes_the_step_of_its_paper():
+    """First step: parameter x (1 - lr x decay) - lr x sign(gradient)."""
+    weight = torch.nn.Parameter(torch.tensor([[2.0, -1.0]]))
+    optimizer = make_optimizer({1.0: {"w": weight}}, OptimConfig(weight_decay=0.5))
+    set_lr(optimizer, 0.1)
+    weight.grad = torch.tensor([[3.0, -0.5]])
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.tensor([[1.9 - 0.1, -0.95 + 0.1]]))
+
+
+def test_the_optimiser_continues_from_its_packed_state():
+    def run(interrupt: bool) -> list[torch.Tensor]:
+        module = make_module()
+        optimizer = make_optimizer(trained_parameters(module, {"": 1.0}), OptimConfig())
+        for step in range(6):
+            if interrupt and step == 3:
+                packed = {key: value.clone() for key, value in pack_optimizer(optimizer).items()}
+                optimizer = make_optimizer(trained_parameters(module, {"": 1.0}), OptimConfig())
+                unpack_optimizer(optimizer, packed)
+            set_lr(optimizer, 0.01)
+            torch.manual_seed(step)
+            module(torch.randn(5, 3)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach() for p in module.parameters()]
+
+    for a, b in zip(run(False), run(True), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_average_follows_and_swaps():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    average = Average([parameter], decay=0.9)
+    with torch.no_grad():
+        parameter.fill_(1.0)
+    average.update(step=1000)
+    average.swap()
+    torch.testing.assert_close(parameter.detach(), torch.full((2,), 0.1))
+    average.swap()
+    assert torch.equal(parameter.detach(), torch.ones(2))
+
+
+# -- early stopping --------------------------------------------------------------------------------
+
+
+def test_the_metric_decides_and_the_loss_breaks_ties():
+    at = Position()
+    assert at.improves(0.1, 9.0)
+    at.best_metric, at.best_loss = 0.5, 1.0
+    assert at.improves(0.6, 9.0)
+    assert not at.improves(0.4, 0.1)
+    assert at.improves(0.5, 0.9)
+    assert not at.improves(0.5, 1.1)
+    assert at.improves(math.nan, 0.9)
+    assert not at.improves(math.nan, 1.0)
+
+
+def test_differences_name_the_leaf():
+    before = {"a": {"b": 1, "c": 2}, "d": [1]}
+    now = {"a": {"b": 1, "c": 3}, "d": [1], "e": None}
+    assert differences(before, now) == ["a.c: 2 -> 3"]
+    assert differences(before, before) == []
+
+
+# -- devices ---------------------------------------------------------------------------------------
+
+
+def test_devices_are_checked():
+    assert pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(InputError, match="--device tpu"):
+        pick_device("tpu")
+
+
+def test_precision_can_be_asked_for():
+    cpu = torch.device("cpu")
+    assert training_dtype("bf16", cpu) == torch.bfloat16
+    assert training_dtype("float32", cpu) == torch.float32
+    assert training_dtype("auto", cpu) in (torch.bfloat16, torch.float32)
