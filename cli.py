@@ -533,8 +533,7 @@ def main() -> None:
     except (MmcError, _UsageError) as error:
         if "--debug" in sys.argv[1:]:
             traceback.print_exc()
-        usage = isinstance(error, _UsageError)
-        _say(f"error: {error.format_message() if usage else error}")
+        _say(f"error: {error if isinstance(error, MmcError) else error.format_message()}")
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED

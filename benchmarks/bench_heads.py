@@ -29,6 +29,7 @@ from mmc.heads.engine import Data, Engine, score_all
 from mmc.heads.losses.bce import BCE
 from mmc.heads.models import HEADS
 from mmc.heads.models.base import Head
+from mmc.heads.models.dropout import Dropout
 from mmc.heads.options import OptimConfig
 from mmc.heads.trainer import default_batch, default_lr
 from mmc.store.registry import load, lookup
@@ -127,7 +128,7 @@ class Problem:
 
     def plain(self, rows: int, epochs: int) -> Iterator[tuple[float, Head]]:
         """The plain loop; seconds of training so far and the head, after every epoch."""
-        head = self.head().train()
+        head = _with_torch_dropout(self.head()).train()
         keys = list(self.inputs)
         parts = [self.inputs[key][:rows].cpu() for key in keys]
         data = TensorDataset(*parts, self.targets[:rows].cpu().float())
@@ -186,6 +187,15 @@ class Problem:
                     g @ w
 
         return step
+
+
+def _with_torch_dropout(head: Head) -> Head:
+    """The head as a plain loop would have it: mmc's own dropout is part of what is compared."""
+    for module in head.modules():
+        for name, child in module.named_children():
+            if isinstance(child, Dropout):
+                setattr(module, name, torch.nn.Dropout(child.share))
+    return head
 
 
 def rate_of_floor(problem: Problem) -> float:

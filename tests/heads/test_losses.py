@@ -61,6 +61,22 @@ def test_bce_weights_positives_by_their_rarity(settings, weights):
     assert float(value) == pytest.approx(elements.mean(), abs=1e-6)
 
 
+@pytest.mark.parametrize("weight", ["none", "auto"])
+def test_bce_has_the_gradient_of_torchs_own(weight):
+    loss = make(BCE, [50, 20, 1], 100, pos_weight=weight)
+    torch.manual_seed(0)
+    x = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
+    y = (torch.rand(9, 3) < 0.5).double()
+    known = torch.rand(9, 3) < 0.7
+    loss(x, torch.where(known, y, -1.0)).backward()
+    z = x.detach().requires_grad_()
+    elements = torch.nn.functional.binary_cross_entropy_with_logits(
+        z, y, pos_weight=loss.weights.double(), reduction="none"
+    )
+    elements[known].mean().backward()
+    torch.testing.assert_close(x.grad, z.grad)
+
+
 def test_ce_is_the_formula():
     rng = np.random.default_rng(2)
     x, k = rng.normal(0, 3, (8, 5)), rng.integers(0, 5, 8)
