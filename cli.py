@@ -6,24 +6,28 @@ here imports torch before a command needs it: ``mmc --help`` answers at once.
 
 import functools
 import inspect
+import io
 import json
 import os
+import shutil
 import sys
 import tempfile
 import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from filelock import FileLock, Timeout
 
 from mmc.extract.options import ExtractConfig
 from mmc.extract.sources import SourceOptions
+from mmc.extract.sources.splits import split_named
 from mmc.heads.options import OptimConfig, PredictConfig, TrainConfig
 from mmc.store.config import build, field_docs
 from mmc.store.errors import InputError, MmcError
@@ -302,6 +306,7 @@ def predict_command(
     from mmc.store import EmbeddingStore
 
     config = build(PredictConfig, settings, where="mmc predict")
+    _check_out(out, run, input_)
     loaded = Run.load(run)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress())
@@ -322,6 +327,10 @@ def predict_command(
                 progress=progress,
             )
             config = replace(config, split=config.split or default_split(opened, rows))
+        try:
+            loaded.check_labels(opened.label_set, input_)
+        except InputError as error:
+            _say(f"warning: {error}; predicting all the same, without comparing")
         report = predict_csv(loaded, opened, out, config, rows=rows, progress=progress)
     if json_output:
         _print_json(asdict(report))
@@ -343,16 +352,30 @@ def _is_store(path: str) -> bool:
     return True
 
 
+def _check_out(out: Path, run: Path, input_: str) -> None:
+    """Refuse to write predictions over what they are made from."""
+    target = out.absolute()
+    inputs = [Path(piece.rpartition("=")[2]).absolute() for piece in input_.split(",")]
+    folders = [path for path in target.parents if (path / "run.json").is_file()]
+    folders += [path for path in target.parents if (path / "zarr.json").is_file()]
+    is_table = target.parent in inputs and split_named(target.name.partition(".")[0])
+    if target in inputs or is_table:
+        raise InputError(f"--out {out} is INPUT itself; name another file")
+    if folders or target.parent == run.absolute():
+        raise InputError(f"--out {out} is inside a run or a store; name a file elsewhere")
+
+
 @contextmanager
 def _scratch(out: Path) -> Iterator[str]:
-    """A store beside the output, for as long as it is needed."""
-    try:
-        with tempfile.TemporaryDirectory(
-            prefix=".mmc-predict-", dir=out.absolute().parent
-        ) as folder:
+    """A store beside the output, for as long as it is needed; removes what killed ones left."""
+    parent = out.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    for left in parent.glob(".mmc-predict-*"):
+        with suppress(Timeout), FileLock(left / "lock", timeout=0):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=".mmc-predict-", dir=parent) as folder:
+        with FileLock(Path(folder) / "lock"):
             yield f"{folder}/store"
-    except FileNotFoundError as error:
-        raise InputError(f"the folder of --out {out} is not there") from error
 
 
 @app.command("evaluate")
@@ -524,6 +547,9 @@ def demo_command(
 
 def main() -> None:
     """Run the command line; every error that mmc raises on purpose is one line and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # labels and paths in any script, on any terminal
+            stream.reconfigure(errors="backslashreplace")
     # Read once by OpenMP when torch loads it: idle workers sleep instead of spinning, which costs
     # little alone and saves half the rate when something else runs on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -537,8 +563,14 @@ def main() -> None:
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
-    except BrokenPipeError:  # `mmc info … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            if "--debug" in sys.argv[1:]:
+                traceback.print_exc()
+            where = f"{error.filename}: " if error.filename else ""
+            _say(f"error: {where}{error.strerror or error}")
+        else:  # `mmc info … | head`: nobody reads what Python would flush at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     if code == INTERRUPTED:
         _say("stopped; what was finished is kept, and the same command goes on from there")

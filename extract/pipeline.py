@@ -4,11 +4,13 @@ The order matters: everything that the user may have got wrong is found before t
 touched, and the table of samples is in place before the first embedding is.
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 
+import numpy as np
 import torch
 
 from mmc.extract import reporting
@@ -67,7 +69,7 @@ def extract(
     started = time.perf_counter()
     aliases = config.aliases()
     device = pick_device(config.device)
-    store = _open_if_there(store_path)
+    store = open_if_there(store_path)
     samples = read_source(source, config.source)
     for line in (*samples.notes, *(f"warning: {line}" for line in samples.warnings)):
         report(line)
@@ -95,7 +97,7 @@ def extract(
     return outcome
 
 
-def _open_if_there(path: str) -> EmbeddingStore | None:
+def open_if_there(path: str) -> EmbeddingStore | None:
     """The store at ``path``; None when a new one can be made there.
 
     Raises:
@@ -193,7 +195,20 @@ def _update_samples(
         table, label_set=samples.label_set, task=samples.task, source=samples.source
     )
     reporting.say_sync(sync, report)
+    _warn_of_moved(store, samples, report)
     return store
+
+
+def _warn_of_moved(store: EmbeddingStore, samples: Samples, report: Say) -> None:
+    """Say when other sources that are not there any more still hold samples of the store."""
+    owners = store.column("_source").to_numpy()[store.live]
+    for index, count in zip(*np.unique(owners, return_counts=True), strict=True):
+        spec = store.sources[index]["spec"]
+        if spec != samples.source["spec"] and os.path.isabs(spec) and not os.path.exists(spec):
+            report(
+                f"warning: {count:,} samples of the store came from {spec}, which is not there any "
+                "more, and are still used; if it was moved here, they are what it has lost since"
+            )
 
 
 def _check_continues(store: EmbeddingStore, item: Loaded, config: ExtractConfig) -> None:

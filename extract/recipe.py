@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mmc.extract.options import ExtractConfig
-from mmc.extract.pipeline import Progress, Say, extract
+from mmc.extract.pipeline import Progress, Say, extract, open_if_there
 from mmc.extract.sources import SourceOptions, read_source
 from mmc.store import EmbeddingStore
 from mmc.store.config import build
@@ -56,31 +56,71 @@ def embed_like(
     Raises:
         InputError: the source cannot be read, or a backbone is not where it was.
     """
-    for recipe in recipes:
-        extract(
-            source, store_path, _config(recipe, options, device), report=report, progress=progress
-        )
+    samples = read_source(source, options)
+    ids = samples.table["id"].combine_chunks().cast(pa.string())
+    _check_own(store_path, samples.source["spec"], ids)
+    for config in _configs(recipes, options, device):
+        extract(source, store_path, config, report=report, progress=progress)
     store = EmbeddingStore.open(store_path)
-    ids = read_source(source, options).table["id"].combine_chunks()
-    known = store.column("id").combine_chunks()
-    rows = pc.index_in(ids.cast(pa.string()), value_set=known.cast(pa.string()))
-    return store, rows.to_numpy().astype(np.int64)
+    return store, _rows(store, ids).to_numpy().astype(np.int64)
 
 
-def _config(recipe: Mapping[str, Any], options: SourceOptions, device: str) -> ExtractConfig:
-    identity, context = recipe["identity"], recipe["context"]
-    if "spec" not in context:
+def _rows(store: EmbeddingStore, ids: pa.Array) -> pa.Array:
+    """Row of each id in the store; null where it has none."""
+    return pc.index_in(ids, value_set=store.column("id").combine_chunks().cast(pa.string()))
+
+
+def _check_own(path: str, spec: str, ids: pa.Array) -> None:
+    """Refuse a store where other sources have these samples: they would be relabelled.
+
+    Raises:
+        InputError: ids of the source are in the store, and came from elsewhere.
+    """
+    store = open_if_there(path)
+    if store is None or not store.sources:
+        return
+    rows = _rows(store, ids).drop_null().to_numpy().astype(np.int64)
+    owners = store.column("_source").to_numpy()[rows]
+    others = [store.sources[owner]["spec"] for owner in np.unique(owners)]
+    if any(other != spec for other in others):
         raise InputError(
-            f"the run does not say which backbone made {recipe['alias']!r}; "
-            "extract the data yourself and give the store"
+            f"{path} has some of these samples from {others[0]}, with their own labels and splits; "
+            "predict on the store itself, or give another --store"
         )
-    return ExtractConfig(
-        backbones=(context.get("resolved_spec", context["spec"]),),
-        names=(recipe["alias"],),
-        fields=tuple(recipe["fields"]),
-        batch_size=identity["batch_size"]["image"],
-        precision=identity["precision"],
-        max_text_tokens=identity.get("max_text_tokens"),
-        device=device,
-        source=options,
-    )
+
+
+def _configs(
+    recipes: Sequence[Mapping[str, Any]], options: SourceOptions, device: str
+) -> list[ExtractConfig]:
+    """As few extractions as the recipes allow: each picture is decoded once in each."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for recipe in recipes:
+        identity = recipe["identity"]
+        if "spec" not in recipe["context"]:
+            raise InputError(
+                f"the run does not say which backbone made {recipe['alias']!r}; "
+                "extract the data yourself and give the store"
+            )
+        key = (
+            tuple(recipe["fields"]),
+            identity["batch_size"]["image"],
+            identity["precision"],
+            identity.get("max_text_tokens"),
+        )
+        groups.setdefault(key, []).append(recipe)
+    return [
+        ExtractConfig(
+            backbones=tuple(
+                recipe["context"].get("resolved_spec", recipe["context"]["spec"])
+                for recipe in group
+            ),
+            names=tuple(recipe["alias"] for recipe in group),
+            fields=fields,
+            batch_size=batch_size,
+            precision=precision,
+            max_text_tokens=max_text_tokens,
+            device=device,
+            source=options,
+        )
+        for (fields, batch_size, precision, max_text_tokens), group in groups.items()
+    ]

@@ -18,7 +18,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +30,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from mmc.heads.metrics import HEADLINE
 from mmc.heads.models import GROUP, HEADS
 from mmc.heads.models.base import Head
 from mmc.heads.thresholds import Thresholds
@@ -171,20 +172,22 @@ class Run:
             state = load_tensors(weights)
         except SafetensorError as error:
             raise MmcError(f"{folder / WEIGHTS} is damaged ({error})") from None
-        features = {
-            role: FeatureRef(**{**ref, "shape": tuple(ref["shape"])})
-            for role, ref in record["features"].items()
-        }
         taken = {key: record[key] for key in _PLAIN_KEYS}
-        return cls(
-            **taken,
-            features=features,
-            label_set=tuple(record["label_set"]),
-            thresholds=Thresholds.from_json(record["thresholds"]),
-            state=state,
-            history=_read_history(folder / HISTORY),
-            path=folder,
-        )
+        try:
+            return cls(
+                **taken,
+                features={role: _feature(ref) for role, ref in record["features"].items()},
+                label_set=tuple(record["label_set"]),
+                thresholds=Thresholds.from_json(record["thresholds"]),
+                state=state,
+                history=_read_history(folder / HISTORY),
+                path=folder,
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            detail = f"{type(error).__name__}: {error}"
+            raise InputError(
+                f"{folder / RECORD} is damaged ({detail}); train the head again"
+            ) from None
 
     def build_head(self, device: str | torch.device = "cpu") -> Head:
         """The head with its parameters, in evaluation mode on ``device``.
@@ -276,6 +279,8 @@ _PLAIN_KEYS = (
     "versions",
     "created",
 )
+_KINDS = {"features": dict, "label_set": list, "thresholds": dict, "head": str, "task": str}
+"""What ``run.json`` holds under some keys, never empty."""
 _REQUIRED = {
     *_PLAIN_KEYS,
     "features",
@@ -352,12 +357,24 @@ def _read_record(folder: Path) -> dict[str, Any]:
     missing = sorted(_REQUIRED - record.keys())
     if missing:
         raise InputError(f"{folder / RECORD} lacks {', '.join(missing)}; train the head again")
+    for key, kind in _KINDS.items():
+        if not isinstance(record[key], kind) or not record[key]:
+            raise InputError(f"{folder / RECORD} is damaged at {key!r}; train the head again")
+    if record["task"] not in HEADLINE:
+        raise InputError(f"{folder / RECORD}: unknown task {record['task']!r}")
     if label_set_hash(record["label_set"]) != record["label_set_hash"]:
         raise InputError(
             f"{folder / RECORD}: the label set was edited (its hash differs); its order is that of "
             "the head's outputs, so train the head again"
         )
     return record
+
+
+def _feature(record: Mapping[str, Any]) -> FeatureRef:
+    """One feature of ``run.json``; keys of later versions are passed over."""
+    known = {f.name for f in fields(FeatureRef)}
+    taken = {key: value for key, value in record.items() if key in known}
+    return FeatureRef(**{**taken, "shape": tuple(record["shape"])})
 
 
 def _resolve(ref: FeatureRef, store: "EmbeddingStore") -> str:

@@ -105,6 +105,8 @@ def choose(
             raise InputError("--format hateful-memes has one label per sample; leave --top-k out")
     if scores and form in ("hateful-memes", "long"):
         raise InputError(f"--format {form} has its own score column; leave --scores out")
+    if form == "wide" and "id" in run.label_set:
+        raise InputError("--format wide has a column per label, and a label is called id too")
     if form in ("hateful-memes", "wide", "long"):
         return Layout(form=form, scores=scores, **common)
     separator = _separator(form, run, source)

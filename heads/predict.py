@@ -80,7 +80,9 @@ class Predictor:
         out = torch.empty(len(rows), len(self.run.label_set), device=self.device)
         for i in range(0, len(rows), self.batch):
             taken = rows[i : i + self.batch]
-            batch = {role: self._tensor(f.take(taken)) for role, f in self.features.items()}
+            batch = {
+                role: self._tensor(f.take(taken, check=True)) for role, f in self.features.items()
+            }
             out[i : i + len(taken)] = self.head(batch)
         return out
 

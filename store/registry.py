@@ -51,7 +51,9 @@ def lookup(table: Sequence[Entry], name: str, *, kind: str, group: str) -> Entry
     names = [entry.name for entry in known]
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"choose from: {', '.join(names)}"
-    raise InputError(f"unknown {kind} {name!r}; {hint} (see `mmc list {kind}s`)")
+    raise InputError(
+        f"unknown {kind} {name!r}; {hint} (see `mmc list {group.removeprefix('mmc.')}`)"
+    )
 
 
 def load(entry: Entry) -> Any:

@@ -56,7 +56,7 @@ def build(spec: str, parts: Sequence[Part], options: SourceOptions) -> Samples:
     check_filled(ids, where)
     split = _splits(parts, roles)
     labels = _labels(parts, roles, split, options, where)
-    split = _default_split(split, labels, notes)
+    split = _default_split(split, labels, parts, notes)
     if options.split_by is not None:
         # Captions of one picture stay together where nothing but the picture names them.
         by = image if all(role.id is None for role in roles) and not image.null_count else ids
@@ -210,10 +210,14 @@ def _labels(
 
 
 def _default_split(
-    split: NDArray[np.object_], labels: Labels, notes: list[str]
+    split: NDArray[np.object_], labels: Labels, parts: Sequence[Part], notes: list[str]
 ) -> NDArray[np.object_]:
     if (split != "").any():
         return split
+    named = splits.split_named(os.path.basename(parts[0].records.where).partition(".")[0])
+    if len(parts) == 1 and named:
+        notes.append(f"split: all rows are {named}, after the file's name")
+        return np.full(len(split), named, object)
     name = "train" if labels.names else "test"
     why = "has labels" if labels.names else "has no labels"
     notes.append(f"split: nothing says train, val or test, and it {why}: all rows are {name}")

@@ -3,6 +3,10 @@
 Backbones differ in the length of their vectors, and most share a large common component (raw
 embeddings of different images have cosine 0.75 to 0.8), which slows learning and hides what
 differs. The default removes both and keeps the geometry of what is left.
+
+Measured with a linear head on MiniLM texts of movies, test mAP: center .581, standardize .580, l2
+.567, none .494. Equal variances without equal lengths gave .524: the length tells how long a text
+was.
 """
 
 from collections.abc import Iterable, Mapping
@@ -35,7 +39,7 @@ class FieldNorm(nn.Module):
     def unscaled(self, x_BD: Tensor) -> Tensor:
         """What the moments are taken of: unit vectors, or the values as they are."""
         x_BD = x_BD.to(self.shift.dtype)
-        return F.normalize(x_BD, dim=-1) if self.mode in ("center", "l2") else x_BD
+        return x_BD if self.mode == "none" else F.normalize(x_BD, dim=-1)
 
     def fit(self, mean: Tensor, variance: Tensor) -> None:
         """Set shift and scale from the moments (D,) of the training rows."""

@@ -20,7 +20,8 @@ class LinearConfig:
 
     normalize: Normalize = "center"
     """Per field: ``center`` = unit length, minus the training mean, one scale; ``l2`` = unit
-    length times sqrt(D); ``standardize`` = each value to mean 0 and variance 1; ``none``."""
+    length times sqrt(D); ``standardize`` = unit length, then each value to mean 0 and variance 1;
+    ``none`` = as stored."""
 
 
 class Linear(Head):

