@@ -373,9 +373,11 @@ def _scratch(out: Path) -> Iterator[str]:
     for left in parent.glob(".mmc-predict-*"):
         with suppress(Timeout), FileLock(left / "lock", timeout=0):
             shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=".mmc-predict-", dir=parent) as folder:
-        with FileLock(Path(folder) / "lock"):
-            yield f"{folder}/store"
+    with (
+        tempfile.TemporaryDirectory(prefix=".mmc-predict-", dir=parent) as folder,
+        FileLock(Path(folder) / "lock"),
+    ):
+        yield f"{folder}/store"
 
 
 @app.command("evaluate")

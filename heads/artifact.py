@@ -357,9 +357,9 @@ def _read_record(folder: Path) -> dict[str, Any]:
     missing = sorted(_REQUIRED - record.keys())
     if missing:
         raise InputError(f"{folder / RECORD} lacks {', '.join(missing)}; train the head again")
-    for key, kind in _KINDS.items():
-        if not isinstance(record[key], kind) or not record[key]:
-            raise InputError(f"{folder / RECORD} is damaged at {key!r}; train the head again")
+    for name, expected in _KINDS.items():
+        if not isinstance(record[name], expected) or not record[name]:
+            raise InputError(f"{folder / RECORD} is damaged at {name!r}; train the head again")
     if record["task"] not in HEADLINE:
         raise InputError(f"{folder / RECORD}: unknown task {record['task']!r}")
     if label_set_hash(record["label_set"]) != record["label_set_hash"]:
