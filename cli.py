@@ -321,7 +321,7 @@ def predict_command(
                 loaded.recipe(),
                 input_,
                 store or stack.enter_context(_scratch(out)),
-                combined(loaded.source, source_options),
+                combined(loaded.recipe(), loaded.source, input_, source_options),
                 device=config.device,
                 report=_say,
                 progress=progress,

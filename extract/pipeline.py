@@ -187,6 +187,7 @@ def _update_samples(
         )
         report(f"new store {path}: {len(store):,} samples")
         return store
+    _check_goes_together(store, samples, config, report)
     for item in loaded:
         if recorded(store, item.alias, config):
             _check_continues(store, item, config)
@@ -197,6 +198,32 @@ def _update_samples(
     reporting.say_sync(sync, report)
     _warn_of_moved(store, samples, report)
     return store
+
+
+def _check_goes_together(
+    store: EmbeddingStore, samples: Samples, config: ExtractConfig, report: Say
+) -> None:
+    """Say what a source changes in the meaning of the store.
+
+    Raises:
+        InputError: it is another source than those of the store, and of another task.
+    """
+    specs = [source["spec"] for source in store.sources]
+    if not store.label_set or not samples.label_set or store.task == samples.task:
+        if samples.source["spec"] not in specs:
+            report(f"{store.path} has samples of {specs[-1]}; these are added to them")
+        return
+    if samples.source["spec"] in specs:
+        report(
+            f"warning: the task was {store.task} with {len(store.label_set)} labels and is now "
+            f"{samples.task} with {len(samples.label_set)}; if that is not meant, read the source "
+            "as before (--label-separator, --task, --label-column)"
+        )
+    elif config.source.task is None:
+        raise InputError(
+            f"{store.path} holds {store.task} samples of {specs[-1]}, and this source is "
+            f"{samples.task}; name another store, or join them on purpose: --task {store.task}"
+        )
 
 
 def _warn_of_moved(store: EmbeddingStore, samples: Samples, report: Say) -> None:

@@ -1,5 +1,6 @@
 """Embed new data the way a run's features were made, so that the run can read it."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,10 +29,27 @@ INHERITED = (
 )
 
 
-def source_options(trained_on: Mapping[str, Any], given: Mapping[str, Any]) -> SourceOptions:
-    """How to read new data: as the trained source was read, unless the user says otherwise."""
+def source_options(
+    recipes: Sequence[Mapping[str, Any]],
+    trained_on: Mapping[str, Any],
+    source: str,
+    given: Mapping[str, Any],
+) -> SourceOptions:
+    """How to read new data: as the trained source was read, unless the user says otherwise.
+
+    Args:
+        recipes: of the run; when none of them reads a picture, none needs to be there.
+        trained_on: recipe of the source that the run was trained on.
+        source: the new data; in the same folder it shares the image root, too.
+        given: what the user says.
+    """
     before = trained_on.get("options", {})
     inherited = {name: before[name] for name in INHERITED if name in before}
+    where = os.path.dirname(os.path.abspath(source))
+    if "image_root" in before and where == os.path.dirname(trained_on.get("spec", "")):
+        inherited["image_root"] = before["image_root"]
+    if all(field.startswith("text") for recipe in recipes for field in recipe["fields"]):
+        inherited["need_images"] = False
     return build(SourceOptions, {**inherited, **given}, where="the source")
 
 
@@ -62,6 +80,13 @@ def embed_like(
     for config in _configs(recipes, options, device):
         extract(source, store_path, config, report=report, progress=progress)
     store = EmbeddingStore.open(store_path)
+    for recipe in recipes:
+        for field in recipe["fields"]:
+            if f"{recipe['alias']}/{field}" not in store:
+                raise InputError(
+                    f"{source}: the run reads {recipe['alias']}/{field}, and no sample has what it "
+                    "is made from; name the column, or the folder of images (--image-root)"
+                )
     return store, _rows(store, ids).to_numpy().astype(np.int64)
 
 

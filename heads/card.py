@@ -167,14 +167,16 @@ def _data(run: "Run") -> str:
 
 def _use(run: "Run") -> str:
     path = shlex.quote(run.path.name) if run.path else "RUN"
+    scores = "" if run.source.get("form") == "hateful-memes" else " --scores"
+    measured = list(run.metrics)[-1] if run.metrics else "val"
     return f"""## How to use it
 
-From the folder that holds this one:
+From the folder that holds this one, with `my.store` for the store that it was trained on:
 
 ```sh
 mmc predict {path} new_samples.csv --out predictions.csv   # images and texts: extracts first
-mmc predict {path} my.store --split test --out predictions.csv --scores
-mmc evaluate {path} my.store --split test
+mmc predict {path} my.store --out predictions.csv{scores}
+mmc evaluate {path} my.store --split {measured}
 ```
 
 ```python
@@ -184,7 +186,7 @@ from mmc.store import EmbeddingStore
 
 run = Run.load({json.dumps(run.path.name if run.path else "RUN")})
 store = EmbeddingStore.open("my.store")
-predictions = predict(run, store, store.rows(split="test"))
+predictions = predict(run, store)   # .ids, .probabilities (n, labels), .decisions; run.label_set
 ```"""
 
 

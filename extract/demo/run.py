@@ -62,8 +62,6 @@ def run_demo(directory: str | Path, *, report: Report = print, seed: int = 0) ->
     store = str(directory / "demo.store")
     spec = f"open_clip:{directory / 'backbone'}"
     extract = ["extract", str(directory / "data-set"), store, "--backbone", spec, "--name", "clip"]
-    # Words between spaces could also be one long name: said, since the reader does not guess.
-    extract += ["--label-separator", " "]
     seconds["extract"] = _mmc(extract, report)
     for folder, _, head, features in RUNS:
         command = ["train-head", store, str(directory / "runs" / folder), "--head", head]

@@ -60,6 +60,9 @@ class SourceOptions:
     allow_absolute_paths: bool = False
     """Let image paths leave the image root: absolute ones and those with `..`."""
 
+    need_images: bool = True
+    """Whether pictures must be there; predictions of a run that reads none go without."""
+
     def __post_init__(self) -> None:
         if self.task not in (None, "binary", "multiclass", "multilabel"):
             raise InputError(

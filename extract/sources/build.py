@@ -55,7 +55,7 @@ def build(spec: str, parts: Sequence[Part], options: SourceOptions) -> Samples:
     ids = find_ids(parts, roles, image, notes)
     check_filled(ids, where)
     split = _splits(parts, roles)
-    labels = _labels(parts, roles, split, options, where)
+    labels = _labels(parts, roles, split, options, where, form)
     split = _default_split(split, labels, parts, notes)
     if options.split_by is not None:
         # Captions of one picture stay together where nothing but the picture names them.
@@ -78,7 +78,11 @@ def build(spec: str, parts: Sequence[Part], options: SourceOptions) -> Samples:
         "spec": spec,
         "format": parts[0].format,
         "form": form,
-        "options": {k: v for k, v in dataclasses.asdict(options).items() if v not in (None, False)},
+        "options": {
+            field.name: getattr(options, field.name)
+            for field in dataclasses.fields(options)
+            if getattr(options, field.name) != field.default
+        },
         "image_root": images.root,
         "columns": header,
         "label_separator": labels.separator,
@@ -192,6 +196,7 @@ def _labels(
     split: NDArray[np.object_],
     options: SourceOptions,
     where: Where,
+    form: str,
 ) -> Labels:
     if all(role.labels is None for role in roles):
         if options.task is not None:
@@ -206,6 +211,7 @@ def _labels(
         separator=options.label_separator,
         task=options.task,
         where=where,
+        kaggle=form == "kaggle",
     )
 
 

@@ -73,7 +73,7 @@ def locate_images(
     missing = sum(table.missing for table in tables if table)
     tried = _tried(given, options)
     if missing == named:
-        if not has_text or any(column.sure for column in given):
+        if options.need_images and (not has_text or any(column.sure for column in given)):
             raise InputError(
                 f"none of the {named} images is there, such as {_first(tables)} (looked in"
                 f" {tried}); give --image-root, or --image-column - to do without images"
@@ -82,12 +82,12 @@ def locate_images(
             f"no image found for {_first(tables)} and the others (looked in {tried}): read as texts"
             " only; give --image-root if there are images"
         )
-        return Located(root=None, columns=none, warnings=[message])
+        return Located(root=None, columns=none, warnings=[message] if options.need_images else [])
     root = os.path.commonpath([listing.root for listing in listings.values()])
     notes = [f"images: {named - missing} found under {root}"]
     notes += sorted({note for table in tables if table for note in table.notes})
     warnings = []
-    if missing:
+    if missing and options.need_images:
         warnings.append(
             f"{missing} of {named} images are not there, first {_first(tables)}; these samples will"
             " be counted as failed"

@@ -5,7 +5,7 @@ divided by space, comma, semicolon or pipe (the Kaggle form). Otherwise `|` or `
 separator. A comma may be part of a name, so it needs evidence: half of the cells with commas must
 share a part with another cell in which that part stands at another place (alone, first or later),
 as in "Action, Comedy" and "Comedy, Drama" but not in "Portland, Oregon" and "Portland, Maine".
-Names are never divided at spaces unless told.
+Names are divided at spaces only when told, or in the Kaggle form when few words make many cells.
 """
 
 import ast
@@ -30,13 +30,15 @@ _HINT_SHARE = 3
 class Cells:
     """The distinct label cells of a source and how they are divided."""
 
-    def __init__(self, texts: Sequence[str], place: Callable[[int], str]) -> None:
+    def __init__(
+        self, texts: Sequence[str], place: Callable[[int], str], *, kaggle: bool = False
+    ) -> None:
         self.texts = [text.strip() for text in texts]
         self.separator: str | None = None
         self.several = False
         """A separator or a list was seen: more than one label is meant to be possible."""
         self.notes: list[str] = []
-        self._place = place
+        self._place, self._kaggle = place, kaggle
 
     def parts(self, separator: str | None) -> list[list[str]]:
         """The labels in each cell, as written."""
@@ -116,6 +118,8 @@ class Cells:
             return None
         words = {word for text in texts for word in text.split()}
         if len(texts) >= _HINT_SHARE * len(words):
+            if self._kaggle:
+                return " "
             self.notes.append(
                 f"labels: {len(texts)} names made of only {len(words)} words; if spaces separate"
                 ' labels, give --label-separator " "'

@@ -56,6 +56,7 @@ def read_labels(
     separator: str | None,
     task: str | None,
     where: Callable[[int], str],
+    kaggle: bool = False,
 ) -> Labels:
     """Parse the label cells of all samples.
 
@@ -65,6 +66,7 @@ def read_labels(
         separator: given by the user, or None.
         task: given by the user, or None.
         where: `file:line` of a row, for messages.
+        kaggle: the table is of the Kaggle form, in which spaces separate labels.
 
     Raises:
         InputError: a cell that is no label, or labels that do not make ``task``.
@@ -83,7 +85,9 @@ def read_labels(
         return where(int(np.flatnonzero(codes == code)[0]))
 
     used = np.bincount(codes[codes >= 0], minlength=len(texts)) > 0
-    cut = Cells([text if use else "" for text, use in zip(texts, used, strict=True)], place)
+    cut = Cells(
+        [text if use else "" for text, use in zip(texts, used, strict=True)], place, kaggle=kaggle
+    )
     parts = cut.parts(separator)
     spellings, notes = _one_spelling(parts)
     names = natural_order(set(spellings.values()))

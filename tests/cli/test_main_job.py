@@ -234,3 +234,53 @@ def test_labels_of_any_script_on_a_terminal_of_ascii(dataset, backbone, tmp_path
         )
         assert done.returncode == 0, done.stderr
     assert b"na\\xefve" in done.stdout
+
+
+def test_a_source_of_another_task_is_not_mixed_in(
+    mmc: Callable, trained, table, dataset, backbone, tmp_path
+):
+    store = tmp_path / "s"
+    shutil.copytree(trained[0], store)
+    before = EmbeddingStore.open(store).samples
+    rows = [(f"x{i}", f"{i}.jpg", "a day", "cat" if i % 2 else "dog") for i in range(6)]
+    other = table("other.csv", ("id", "image", "caption", "labels"), *rows)
+    args = ("--backbone", backbone, "--name", "clip", "--image-root", dataset / "images")
+    result = mmc("extract", other, store, *args)
+    assert result.code == 2
+    assert "--task multilabel" in result.error
+    assert EmbeddingStore.open(store).samples.equals(before)
+    assert mmc("extract", other, store, *args, "--task", "multilabel").code == 0
+    assert len(EmbeddingStore.open(store)) == 106
+
+
+def test_reading_a_source_in_another_way_is_said(
+    mmc: Callable, trained, dataset, backbone, tmp_path
+):
+    store = tmp_path / "s"
+    shutil.copytree(trained[0], store)
+    args = ("--backbone", backbone, "--name", "clip", "--label-separator", ";")
+    result = mmc("extract", dataset, store, *args, "--task", "multiclass")
+    assert result.code == 0, result.err
+    assert "warning: the task was multilabel with 3 labels and is now multiclass" in result.err
+
+
+def test_a_run_that_reads_texts_needs_no_images(mmc: Callable, trained, dataset, tmp_path):
+    args = ("--head", "linear", "--features", "clip/text", "--epochs", 2)
+    assert mmc("train-head", trained[0], tmp_path / "run", *args).code == 0
+    shutil.copy(dataset / "test.csv", tmp_path / "test.csv")  # without the pictures
+    result = mmc("predict", tmp_path / "run", tmp_path / "test.csv", "--out", tmp_path / "p.csv")
+    assert result.code == 0, result.err
+    assert len(read(tmp_path / "p.csv")) == 21
+    assert mmc("predict", trained[1], tmp_path / "test.csv", "--out", tmp_path / "q.csv").code == 2
+
+
+def test_new_data_beside_the_old_shares_its_image_root(mmc: Callable, dataset, backbone, tmp_path):
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    for name in ("train.csv", "test.csv"):
+        shutil.copy(dataset / name, folder / name)
+    args = ("--backbone", backbone, "--name", "clip", "--image-root", dataset / "images")
+    assert mmc("extract", folder / "train.csv", tmp_path / "s", *args).code == 0
+    assert mmc("train-head", tmp_path / "s", tmp_path / "r", "--epochs", 2).code == 0
+    result = mmc("predict", tmp_path / "r", folder / "test.csv", "--out", tmp_path / "p.csv")
+    assert result.code == 0, result.err

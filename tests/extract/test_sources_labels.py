@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmc.extract.sources import SourceOptions, read_source
 from mmc.extract.sources.labels import natural_order, read_labels
 from mmc.store.errors import InputError
 
@@ -186,3 +187,18 @@ def test_joined_labels_come_back(rows, seed):
         assert all(cell == sorted(set(cell)) for cell in labels.column.to_pylist())
     else:
         assert labels.task in ("unlabelled", "multilabel")
+
+
+def test_words_between_spaces_are_labels_in_the_kaggle_form(tmp_path):
+    words = ("one", "two", "three", "four")
+    cells = [" ".join(w for i, w in enumerate(words) if code >> i & 1) for code in range(1, 16)]
+    rows = "".join(f"{i}.jpg,{cell},text {i}\n" for i, cell in enumerate(cells))
+    kaggle, other = tmp_path / "train.csv", tmp_path / "other.csv"
+    kaggle.write_text("ImageID,Labels,Caption\n" + rows, encoding="utf-8")
+    other.write_text("name,Labels,Caption\n" + rows, encoding="utf-8")
+    samples = read_source(str(kaggle), SourceOptions())
+    assert (samples.task, samples.source["label_separator"]) == ("multilabel", " ")
+    assert set(samples.label_set) == set(words)
+    samples = read_source(str(other), SourceOptions())
+    assert len(samples.label_set) == 15
+    assert any("--label-separator" in note for note in samples.notes)
