@@ -575,7 +575,7 @@ def main() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     if code == INTERRUPTED:
-        _say("stopped; what was finished is kept, and the same command goes on from there")
+        _say("stopped")
     sys.exit(code)
 
 

@@ -77,8 +77,16 @@ def embed_like(
     samples = read_source(source, options)
     ids = samples.table["id"].combine_chunks().cast(pa.string())
     _check_own(store_path, samples.source["spec"], ids)
+    said: set[str] = set()
+
+    def once(line: str) -> None:
+        """Several extractions read the same source: its news are told once."""
+        if line not in said:
+            said.add(line)
+            report(line)
+
     for config in _configs(recipes, options, device):
-        extract(source, store_path, config, report=report, progress=progress)
+        extract(source, store_path, config, report=once, progress=progress)
     store = EmbeddingStore.open(store_path)
     for recipe in recipes:
         for field in recipe["fields"]:
