@@ -100,10 +100,25 @@ def _usable(
         for count, what in ((not_done, "without features"), (unlabelled, "without labels"))
         if count
     ]
+    waiting = _waiting(store, features, everything)
+    if waiting:
+        notes.append(
+            f"warning: {waiting:,} of {len(everything):,} {name} rows are not embedded yet; "
+            "finish `mmc extract`"
+        )
     if left_out and (name != "test" or not_done):
         notes.append(f"{name}: {' and '.join(left_out)} of {len(everything):,} rows are left out")
     rows: Rows = done[labelled]
     return rows
+
+
+def _waiting(store: "EmbeddingStore", features: Sequence[str], rows: Rows) -> int:
+    """How many of ``rows`` no extraction has come to yet; failed ones are done with."""
+    missing = np.zeros(len(rows), bool)
+    for name in features:
+        feature = store[name]
+        missing |= store.status(feature.alias, feature.tower)[rows] == 0
+    return int(missing.sum())
 
 
 def _held_out(store: "EmbeddingStore", rows: Rows) -> npt.NDArray[np.bool_]:
