@@ -218,6 +218,9 @@ def extract_command(
       mmc extract train.csv my.store --backbone open_clip:ViT-B-32/laion2b_s34b_b79k --name clip
       mmc extract data/ my.store --backbone hf:sentence-transformers/all-MiniLM-L6-v2 --name minilm
     """
+    from mmc.extract.pipeline import extract
+    from mmc.extract.progress import Progress
+
     config = build(
         ExtractConfig,
         settings
@@ -228,18 +231,10 @@ def extract_command(
         },
         where="mmc extract",
     )
-    report = _extract(source, store, config)
+    with Progress() as progress:
+        report = extract(source, store, config, report=_say, progress=progress)
     if json_output:
         _print_json(asdict(report))
-
-
-def _extract(source: str, store: str, config: ExtractConfig) -> Any:
-    """Run an extraction with progress and say how it went."""
-    from mmc.extract.pipeline import extract
-    from mmc.extract.progress import Progress
-
-    with Progress() as progress:
-        return extract(source, store, config, report=_say, progress=progress)
 
 
 @app.command("train-head")
@@ -377,7 +372,11 @@ def _scratch(out: Path) -> Iterator[str]:
         tempfile.TemporaryDirectory(prefix=".mmc-predict-", dir=parent) as folder,
         FileLock(Path(folder) / "lock"),
     ):
-        yield f"{folder}/store"
+        try:
+            yield f"{folder}/store"
+        except KeyboardInterrupt:
+            _say("that store was a temporary one; with --store FOLDER it would be kept")
+            raise
 
 
 @app.command("evaluate")

@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -184,8 +184,3 @@ class ShardWork:
         for name, array in self._values.items():
             array[places] = self.lane.reader(name, firsts)
         self._settle(places)
-
-
-def rows_left(lanes: Sequence[Lane]) -> int:
-    """Rows that the lanes have to fill in this run."""
-    return sum(len(lane.pending) for lane in lanes)

@@ -41,7 +41,6 @@ class Position:
     """Epochs of the stage that are done."""
     best_metric: float = -math.inf
     best_loss: float = math.inf
-    best_epoch: int = 0
     rounds_since: int = 0
     """Validations since the best one."""
     train_seconds: float = 0.0
@@ -57,7 +56,7 @@ class Position:
     def next_stage(self) -> None:
         """Start the next stage with a clean record."""
         self.stage += 1
-        self.epoch = self.best_epoch = self.rounds_since = 0
+        self.epoch = self.rounds_since = 0
         self.best_metric, self.best_loss = -math.inf, math.inf
 
 
@@ -158,7 +157,7 @@ class Engine:
             metric, val_loss = self._validate(stage)
             if at.improves(metric, val_loss):
                 at.best_metric = -math.inf if math.isnan(metric) else metric
-                at.best_loss, at.best_epoch, at.rounds_since = val_loss, at.epoch, 0
+                at.best_loss, at.rounds_since = val_loss, 0
                 best = {key: value.clone() for key, value in self.head.state_dict().items()}
             else:
                 at.rounds_since += 1

@@ -173,9 +173,7 @@ def _encoder_text_rules(files: Files, model: Any, pooling: str | None) -> TextRu
         context -= padding + 1
     if sentence.max_length is not None:
         context = min(context, sentence.max_length)
-    return TextRules(
-        context=context, cut="exact", pooling=sentence.mode, lower=sentence.lower, masks=True
-    )
+    return TextRules(context=context, cut="exact", pooling=sentence.mode, lower=sentence.lower)
 
 
 def _image_forward(model: Any) -> Any:

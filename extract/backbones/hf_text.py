@@ -25,8 +25,6 @@ class TextRules:
     """The token whose state is pooled: an id, the largest id of the row, or not by id."""
     lower: bool = False
     """Lower the text first."""
-    masks: bool = False
-    """Whether the model is told which tokens are padding."""
 
 
 class Tokens:
