@@ -17,7 +17,7 @@ from mmc.heads.batches import ResidentBatches, dropout_seed
 from mmc.heads.checkpoints import Checkpoints, pack_optimizer, unpack_optimizer
 from mmc.heads.losses.base import Loss
 from mmc.heads.models.base import Batch, Head, Stage
-from mmc.heads.optim import Average, lr_factor, make_optimizer, set_lr, trained_parameters
+from mmc.heads.optim import Average, clip, lr_factor, make_optimizer, set_lr, trained_parameters
 from mmc.heads.options import OptimConfig
 
 ROUND_STEPS = 50
@@ -193,7 +193,7 @@ class Engine:
                 loss = self.loss(logits, targets)
                 loss.backward()
                 if self.optim.clip_norm:
-                    torch.nn.utils.clip_grad_norm_(parameters, self.optim.clip_norm)
+                    clip(parameters, self.optim.clip_norm)
                 optimizer.step()
                 optimizer.zero_grad()
                 step += 1

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from mmc.heads.options import OptimConfig
 
@@ -56,6 +57,15 @@ def lr_factor(step: int, total: int, config: OptimConfig) -> float:
         return 1.0
     progress = (step - warmup) / max(total - warmup, 1)
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def clip(parameters: list[nn.Parameter], limit: float) -> None:
+    """Scale gradients whose norm is above ``limit`` down to it."""
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    # Most are not above it, and multiplying by one costs a thirtieth of a step on a CPU; other
+    # devices would have to be waited for to know.
+    if norm.device.type != "cpu" or not norm <= limit:
+        clip_grads_with_norm_(parameters, limit, norm)
 
 
 class Average:

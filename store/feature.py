@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mmc.store.aliases import Status, read_layout, read_status_chunk, status_key
+from mmc.store.aliases import Status, read_layout, read_record, read_status_chunk, status_key
 from mmc.store.errors import DamagedStoreError, InputError, MmcError, RowsNotDoneError
 from mmc.store.files import Files
 from mmc.store.mapped import MANY_SHARDS, Rows, Shard, open_shard
@@ -224,7 +224,7 @@ class Feature:
 
     def _read(self, start: int, stop: int, out: Array, missing: Missing) -> None:
         """Fill ``out`` with an unbroken run of rows, several shards at a time when it is long."""
-        self._done(np.arange(start, stop), self._status[start:stop], missing)
+        self._done(range(start, stop), self._status[start:stop], missing)
         size = self._layout.shard_rows
         numbers = range(start // size, -(-stop // size))
 
@@ -252,7 +252,7 @@ class Feature:
         # Done when the feature was asked for, and still so.
         then, now = self._status[first:last], entry.status[first - start : last - start]
         status = np.where(then == DONE, now, then)
-        wanted = self._done(np.arange(first, last), status, missing)
+        wanted = self._done(range(first, last), status, missing)
         if entry.shard is not None and wanted.any():
             # Up to the last row that is done: what lies behind it may not be written.
             end = first + int(np.flatnonzero(wanted)[-1]) + 1
@@ -261,7 +261,7 @@ class Feature:
         if not wanted.all():
             out[~wanted] = fill_value(self.dtype)
 
-    def _done(self, rows: Rows, status: Status, missing: Missing) -> npt.NDArray[np.bool_]:
+    def _done(self, rows: Rows | range, status: Status, missing: Missing) -> npt.NDArray[np.bool_]:
         """Which of ``rows`` are done, by their ``status``.
 
         Raises:
@@ -269,7 +269,7 @@ class Feature:
         """
         done: npt.NDArray[np.bool_] = status == DONE
         if missing == "raise" and not done.all():
-            bad, where = np.unique(rows[~done], return_index=True)
+            bad, where = np.unique(np.asarray(rows)[~done], return_index=True)
             first = ", ".join(map(str, bad[:5].tolist())) + (" …" if len(bad) > 5 else "")
             failed = int((status[~done][where] == FAILED).sum())
             raise RowsNotDoneError(
@@ -334,8 +334,7 @@ class Feature:
         signature = self._files.signature(key)
         if signature == self._signature:
             return
-        raw = self._files.read(key)
-        now = None if raw is None else AliasRecord.from_bytes(raw, self._files.where(key))
+        now = read_record(self._files, self._prefix)
         if (
             now is None
             or now.generation != self._record.generation

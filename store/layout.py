@@ -17,13 +17,13 @@ ZSTD_LEVEL = 3
 
 _MIN_SHARD_ROWS, _MAX_SHARD_ROWS = 1024, 65536
 _SMALLEST_SHARD_ROWS = 16
-_SHARDS_WANTED = 64
+_SHARDS_WANTED = 32
 _SHARD_BYTES = 256 << 20
 _CHUNK_BYTES = 4 << 20
 
 
 def default_shard_rows(rows: int, largest_row_bytes: int) -> int:
-    """Rows of a shard: about 64 shards, 1,024 to 65,536 rows, at most 256 MiB (then 16 or more)."""
+    """Rows of a shard: about 32 shards, 1,024 to 65,536 rows, at most 256 MiB (then 16 or more)."""
     wanted = max(1, -(-rows // _SHARDS_WANTED))
     shard_rows = 1 << (wanted - 1).bit_length()
     shard_rows = min(max(shard_rows, _MIN_SHARD_ROWS), _MAX_SHARD_ROWS)

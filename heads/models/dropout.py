@@ -48,8 +48,9 @@ class InputDropoutLinear(nn.Linear):
         if not self.training or not self.share:
             return super().forward(x)
         kept = torch.rand(self.in_features, device=self.weight.device) >= self.share
-        scale = kept.to(self.weight.dtype) / (1 - self.share)
-        return F.linear(x, self.weight * scale, self.bias)
+        # In the inputs' precision: half the bytes of a mask over float32 weights.
+        weight = self.weight.to(x.dtype)
+        return F.linear(x, weight * (kept.to(x.dtype) / (1 - self.share)), self.bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, share={self.share}"
