@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from mmc.heads import metrics
+from mmc.heads.batches import ResidentData
 from mmc.heads.devices import pick_device, training_dtype
-from mmc.heads.engine import Data, Engine, score_all
+from mmc.heads.engine import Engine, score_all
 from mmc.heads.losses.bce import BCE
 from mmc.heads.models import HEADS
 from mmc.heads.models.base import Head
@@ -85,7 +86,7 @@ class Problem:
             self.inputs = scale.prepare({key: values.to(device) for key, values in views.items()})
         self.rows = rows
         self.resident = {key: values[:rows].to(self.dtype) for key, values in self.inputs.items()}
-        self.val = Data(
+        self.val = ResidentData(
             inputs={key: values[rows:] for key, values in self.inputs.items()},
             targets=self.targets[rows:],
         )
@@ -107,7 +108,7 @@ class Problem:
         val = (
             self.val
             if validate
-            else Data(
+            else ResidentData(
                 inputs={key: values[:64] for key, values in self.val.inputs.items()},
                 targets=self.val.targets[:64],
             )
@@ -115,7 +116,7 @@ class Problem:
         return Engine(
             head,
             self.loss,
-            train=Data(inputs=self.resident, targets=self.targets[: self.rows]),
+            train=ResidentData(inputs=self.resident, targets=self.targets[: self.rows]),
             val=val,
             task="multilabel",
             batch_size=self.batch,
@@ -158,7 +159,7 @@ class Problem:
         """Validation mAP."""
         head.eval()
         with torch.no_grad():
-            logits = score_all(head.score, self.val.inputs)
+            logits = score_all(head.score, self.val.blocks())
         head.train()
         return metrics.score(logits, self.val.targets, "multilabel")
 

@@ -18,7 +18,9 @@ from mmc.store.aliases import (
     current_failures,
     find_alias,
     read_failures,
+    read_record,
     read_status,
+    remove_alias,
     write_arrays_json,
     write_failures,
     write_status_chunk,
@@ -74,21 +76,16 @@ def finish(files: Files, generation: int) -> None:
 def roll_forward(files: Files, alias: str, generation: int) -> None:
     """Move one staged alias into place, if it belongs to the committed row order."""
     staged, target = f"{STAGING}/{alias}", f"{FEATURES}/{alias}"
-    if _generation(files, staged) != generation:
+    new = read_record(files, staged)
+    if new is None or new.generation != generation:
         return
-    if _generation(files, target) == generation:
+    old = read_record(files, target)
+    if old is not None and old.generation == generation:
         # It was copied before and only its source is left.
         files.remove_tree(staged)
         return
-    files.remove_tree(target)
+    remove_alias(files, target)
     files.move_tree(staged, target)
-
-
-def _generation(files: Files, prefix: str) -> int | None:
-    raw = files.read(f"{prefix}/zarr.json")
-    if raw is None:
-        return None
-    return AliasRecord.from_bytes(raw, files.where(f"{prefix}/zarr.json")).generation
 
 
 def _stage(files: Files, alias: str, generation: int, rows: int, keep: Rows) -> None:

@@ -74,7 +74,7 @@ def _convert(value: Any, hint: Any) -> Any:
     if not isinstance(value, str):
         if hint is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
-        if not isinstance(value, hint):
+        if not isinstance(value, origin or hint):
             raise TypeError(f"got {type(value).__name__}")
         return value
     if hint is bool:

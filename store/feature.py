@@ -3,7 +3,7 @@
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
@@ -65,8 +65,14 @@ class Feature:
         self._files = files
         self._prefix = prefix
         self._record = record
-        self._signature = files.signature(f"{prefix}/zarr.json")
-        self._layout = read_layout(files, prefix, field)
+        self._signature: Hashable = "not looked at"
+        # The record was read before: what lies in the folder now has to be what it describes.
+        self._check_same_alias()
+        try:
+            self._layout = read_layout(files, prefix, field)
+        except DamagedStoreError:
+            self._check_same_alias()
+            raise
         self._folder = f"{prefix}/{field}"
         self._status = status
         self._shards: OrderedDict[int, _Entry] = OrderedDict()

@@ -10,6 +10,7 @@ import errno
 import io
 import itertools
 import os
+import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -25,6 +26,9 @@ from mmc.store.errors import InputError, MmcError
 Buffer = bytes | npt.NDArray[Any]
 
 _counter = itertools.count()
+
+_ONE_SLASH = re.compile(r"(file|local|memory|s3|gs|gcs|https?|hdfs|abfss?):/?(?!/)")
+"""A protocol without its ``//``: a folder of that name would be made in its place."""
 
 
 def write_temporary(path: Path, fill: Callable[[BinaryIO], None]) -> None:
@@ -122,8 +126,11 @@ class Files(ABC):
         """Remove a file, if it is there."""
 
     @abstractmethod
-    def remove_tree(self, key: str) -> None:
-        """Remove a folder, its zarr.json first: what is half removed is no zarr node any more."""
+    def remove_tree(self, key: str, *, tombstone: bytes | None = None) -> None:
+        """Remove a folder; what is half removed is no zarr node any more: its zarr.json goes first.
+
+        With ``tombstone`` that takes the place of the zarr.json, and goes last.
+        """
 
     @abstractmethod
     def move_tree(self, source: str, target: str) -> None:
@@ -139,14 +146,21 @@ class Files(ABC):
 
 
 def open_files(path: str | os.PathLike[str]) -> Files:
-    """The files under a local path or an fsspec URL.
+    """The files under a local path (``~`` is the home folder) or an fsspec URL.
 
     Raises:
-        InputError: a URL whose protocol fsspec does not know or cannot load.
+        InputError: an empty path, or a URL whose protocol fsspec does not know or cannot load.
     """
     url = os.fspath(path)
+    if not url.strip():
+        raise InputError("the path of the store is empty")
+    typed = _ONE_SLASH.match(url)
+    if typed:
+        right = f"{typed[1]}://{url[typed.end(1) + 1 :]}".replace(":///", "://")
+        right = right.replace("://", ":///") if typed[1] in ("file", "local") else right
+        raise InputError(f"{url} looks like a URL with a slash too few; write {right}")
     if "://" not in url:
-        return LocalFiles(Path(url))
+        return LocalFiles(Path(os.path.expanduser(url)))
     try:
         filesystem, root = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
@@ -167,7 +181,6 @@ class LocalFiles(Files):
     def __init__(self, root: Path) -> None:
         super().__init__(str(root))
         self.root = root
-
         # Joining strings: a pathlib join costs as much as the system call that follows it.
         self._prefix = f"{root}{os.sep}"
 
@@ -244,11 +257,10 @@ class LocalFiles(Files):
         with contextlib.suppress(FileNotFoundError):
             remove(self.path(key))
 
-    def remove_tree(self, key: str) -> None:
-        self.remove(f"{key}/zarr.json")
+    def remove_tree(self, key: str, *, tombstone: bytes | None = None) -> None:
         folder = self.path(key)
         if folder.is_dir():
-            # The name goes at once, so that nobody meets a folder that is half there.
+            # The name goes at once: nobody meets a folder that is half there, tombstone or not.
             doomed = folder.with_name(f".{folder.name}.{os.getpid()}-{next(_counter)}.tmp")
             rename(folder, doomed)
             shutil.rmtree(doomed)
@@ -268,11 +280,13 @@ class LocalFiles(Files):
                 remove(leftover)
 
     def tree_bytes(self, key: str) -> int:
-        return sum(
-            os.path.getsize(os.path.join(folder, name))
-            for folder, _, names in os.walk(self.path(key))
-            for name in names
-        )
+        total = 0
+        for folder, _, names in os.walk(self.path(key)):
+            for name in names:
+                # A writer's temporary file may be gone by now.
+                with contextlib.suppress(FileNotFoundError):
+                    total += os.path.getsize(os.path.join(folder, name))
+        return total
 
 
 def stat_signature(stat: os.stat_result) -> Hashable:
@@ -351,10 +365,16 @@ class RemoteFiles(Files):
         with contextlib.suppress(FileNotFoundError):
             self.filesystem.rm_file(self._full(key))
 
-    def remove_tree(self, key: str) -> None:
-        self.remove(f"{key}/zarr.json")
-        for path in self._find(key):
+    def remove_tree(self, key: str, *, tombstone: bytes | None = None) -> None:
+        node = f"{key}/zarr.json"
+        paths = [path for path in self._find(key) if path != self._full(node)]
+        if tombstone is None:
+            self.remove(node)
+        elif paths:
+            self.write(node, [tombstone])
+        for path in paths:
             self.filesystem.rm_file(path)
+        self.remove(node)
 
     def move_tree(self, source: str, target: str) -> None:
         prefix = self._full(source)

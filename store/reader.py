@@ -1,8 +1,6 @@
 """The store: opening, looking, syncing samples; ``writer`` and ``Feature`` do the rest."""
 
-import difflib
 import os
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Self
@@ -20,16 +18,14 @@ from mmc.store.aliases import (
     find_alias,
     read_failures,
     read_status,
-    reset_status,
 )
 from mmc.store.errors import DamagedStoreError, InputError, MmcError, NotAStoreError
 from mmc.store.feature import Feature
-from mmc.store.files import Files, LocalFiles, open_files
+from mmc.store.files import Files, open_files
 from mmc.store.labeltext import read_label_text
-from mmc.store.locks import exclusive
+from mmc.store.places import check_free, nearest, not_a_store
 from mmc.store.samples import (
     ROOT,
-    SAMPLES,
     Labels,
     Rows,
     SamplesFile,
@@ -43,7 +39,6 @@ from mmc.store.samples import (
 from mmc.store.schema import (
     DONE,
     FAILED,
-    TOWER_CONTENT,
     AliasRecord,
     Compression,
     FieldSpec,
@@ -53,11 +48,8 @@ from mmc.store.schema import (
     mmc_attributes,
 )
 from mmc.store.summary import summary
-from mmc.store.sync import SyncReport, merge
+from mmc.store.sync import SyncReport, merged_tree, sync_files
 from mmc.store.writer import Writer, open_writer
-
-_LEFTOVER = re.compile(r"\.(lock|owner).*|\..*\.tmp")
-"""Files that a killed process of ours may leave beside a store's own."""
 
 
 class EmbeddingStore:
@@ -88,7 +80,7 @@ class EmbeddingStore:
         files = open_files(path)
         raw = files.read(ROOT)
         if raw is None:
-            raise NotAStoreError(_not_a_store(files))
+            raise NotAStoreError(not_a_store(files))
         if mmc_attributes(raw, files.where(ROOT)) is None:
             raise NotAStoreError(
                 f"{files.url} is a zarr node that mmc did not make; `mmc extract` makes stores"
@@ -120,7 +112,7 @@ class EmbeddingStore:
         meta = check_meta(label_set, task, dict(source))
         table = canonical(samples, meta)
         files = open_files(path)
-        _check_free(files)
+        check_free(files)
         count = len(table)
         table = with_internal(table, np.zeros(count, np.int16), np.zeros(count, bool))
         files.write(f"{FEATURES}/{ROOT}", [dump(group_json({}))])
@@ -164,6 +156,11 @@ class EmbeddingStore:
     def sources(self) -> list[dict[str, Any]]:
         """The recipe of each source that was synced; ``_source`` of a row points into it."""
         return list(self.meta.sources)
+
+    @property
+    def label_tree(self) -> dict[str, list[str]]:
+        """Parent label -> its children, of all sources that know a tree; empty when none does."""
+        return merged_tree(self.meta.sources)
 
     @property
     def samples(self) -> pa.Table:
@@ -310,6 +307,7 @@ class EmbeddingStore:
         label_set: Sequence[str],
         task: str,
         source: Mapping[str, Any],
+        replaces: str | None = None,
     ) -> SyncReport:
         """Merge a source's table by id; this object then shows the result.
 
@@ -317,35 +315,22 @@ class EmbeddingStore:
         towers that read it. Labels, splits and other columns are taken over. Rows of the same
         source (``source["spec"]``) that are not in the table any more are marked as gone.
 
+        Args:
+            samples: the source's table, columns as in ``samples.COLUMNS`` and any others.
+            label_set: its label names; ``labels`` holds indices into it.
+            task: multilabel, multiclass, binary or unlabelled.
+            source: its recipe, JSON-able, with at least ``spec``.
+            replaces: spec of the store's source that this one is, under another spec.
+
         Raises:
             InputError: the table does not fit (see ``samples.canonical``).
             StoreLockedError: somebody writes.
         """
         asked = check_meta(label_set, task, dict(source))
         table = canonical(samples, asked)
-        with exclusive(self._files):
-            self._files.clean("", deep=False)
-            current = SamplesFile(self._files)
-            old = current.read()
-            merged = merge(old, current.meta, table, asked)
-            # First the statuses: a kill in between finds the same changes again next time.
-            self._reset(merged.changed, current.meta.generation)
-            if merged.meta != current.meta or not merged.table.equals(old):
-                write_samples(self._files, merged.table, merged.meta)
-            write_root(self._files, merged.meta)
-            self._load(SamplesFile(self._files))
-        return merged.report
-
-    def _reset(self, changed: Mapping[str, Rows], generation: int) -> None:
-        for alias in alias_names(self._files):
-            found = find_alias(self._files, alias, generation)
-            if found is None:
-                continue
-            prefix, record = found
-            for content, rows in changed.items():
-                towers = [tower for tower in record.towers if content in TOWER_CONTENT[tower]]
-                if len(rows):
-                    reset_status(self._files, prefix, record, towers, rows)
+        report = sync_files(self._files, table, asked, replaces)
+        self._load(SamplesFile(self._files))
+        return report
 
     def writer(
         self,
@@ -375,9 +360,11 @@ class EmbeddingStore:
             FingerprintMismatchError: the alias was made with another identity.
             InputError: a tower has other fields already, or another shard size or compression.
             StoreLockedError: another writer is at work on the alias.
+            MmcError: the samples were synced or compacted since this object read them.
         """
         return open_writer(
             self._files,
+            self._samples,
             alias,
             fields,
             identity,
@@ -390,7 +377,9 @@ class EmbeddingStore:
     def _found(self, alias: str) -> tuple[str, AliasRecord]:
         found = self._find(alias)
         if found is None:
-            raise InputError(f"{self.path} has no backbone {alias!r}; {_near(alias, self.aliases)}")
+            raise InputError(
+                f"{self.path} has no backbone {alias!r}; {nearest(alias, self.aliases)}"
+            )
         return found
 
     def _find(self, alias: str) -> tuple[str, AliasRecord] | None:
@@ -409,50 +398,5 @@ class EmbeddingStore:
         alias, _, field = name.partition("/")
         found = self._find(alias) if field else None
         if found is None or field not in found[1].fields:
-            raise InputError(f"{self.path} has no feature {name!r}; {_near(name, self.features)}")
+            raise InputError(f"{self.path} has no feature {name!r}; {nearest(name, self.features)}")
         return alias, found[1].fields[field].tower
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    if not known:
-        return "it has none yet: run `mmc extract`"
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
-
-
-def _not_a_store(files: Files) -> str:
-    if not files.exists():
-        return f"no store at {files.url}; `mmc extract SOURCE {files.url}` makes one"
-    names = files.names("")
-    if "run.json" in names:
-        return f"{files.url} is a run, not a store; the store it was trained on is in its run.json"
-    if isinstance(files, LocalFiles) and files.root.is_file():
-        return f"{files.url} is a file, not a store; `mmc extract {files.url} STORE` makes one"
-    return f"{files.url} is not a store: it has no zarr.json; `mmc extract` makes one in a new path"
-
-
-def _check_free(files: Files) -> None:
-    """Refuse a path that holds anything but what a killed ``create`` left.
-
-    Raises:
-        InputError: something is there.
-    """
-    if isinstance(files, LocalFiles) and files.root.is_file():
-        raise InputError(f"{files.url} is a file; choose another path for the store")
-    names = _own_names(files, "")
-    if ROOT in names:
-        raise InputError(f"{files.url} holds a zarr node already; open it, or choose another path")
-    half_made = set(names) <= {FEATURES, SAMPLES} and set(_own_names(files, FEATURES)) <= {ROOT}
-    if half_made and SAMPLES in names:
-        try:
-            SamplesFile(files)
-        except DamagedStoreError:
-            half_made = False
-    if names and not half_made:
-        raise InputError(
-            f"{files.url} holds other files ({', '.join(names[:3])}); choose an empty or new path"
-        )
-
-
-def _own_names(files: Files, key: str) -> list[str]:
-    return [name for name in files.names(key) if not _LEFTOVER.fullmatch(name)]

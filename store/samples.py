@@ -253,7 +253,9 @@ def write_samples(files: Files, table: pa.Table, meta: StoreMeta) -> None:
     table = table.replace_schema_metadata({_METADATA_KEY: text.encode()})
 
     def fill(file: Any) -> None:
-        pq.write_table(table, file, compression="zstd", use_dictionary=["split"])
+        pq.write_table(
+            table, file, compression="zstd", use_dictionary=["split"], write_page_checksum=True
+        )
 
     files.write_stream(SAMPLES, fill)
 
@@ -275,8 +277,10 @@ class SamplesFile:
     def __init__(self, files: Files) -> None:
         self.where = files.where(SAMPLES)
         self._lock = threading.Lock()
+        self.signature = files.signature(SAMPLES)
+        """Changes when the file is replaced."""
         try:
-            self._file = pq.ParquetFile(files.open(SAMPLES))
+            self._file = pq.ParquetFile(files.open(SAMPLES), page_checksum_verification=True)
         except FileNotFoundError:
             raise DamagedStoreError(
                 f"{self.where} is missing, and with it the samples of this store"

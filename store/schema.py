@@ -149,6 +149,11 @@ def group_json(attributes: dict[str, Any]) -> dict[str, Any]:
     return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
 
 
+def removed_json() -> dict[str, Any]:
+    """The metadata of an alias that is being removed: none of what is still there counts."""
+    return group_json({"mmc": {"format": FORMAT, "removed": True}})
+
+
 @dataclass(frozen=True, kw_only=True)
 class AliasRecord:
     """The attributes of ``features/<alias>``: written last, so an alias exists when it does."""
@@ -189,8 +194,8 @@ class AliasRecord:
         return group_json({"mmc": attributes})
 
     @classmethod
-    def from_bytes(cls, raw: bytes, where: str) -> Self:
-        """Parse the zarr.json of an alias.
+    def from_bytes(cls, raw: bytes, where: str) -> Self | None:
+        """Parse the zarr.json of an alias; None when it is being removed (`removed_json`).
 
         Raises:
             DamagedStoreError: it is not JSON, lacks a key, or its hash is not that of its identity.
@@ -199,6 +204,8 @@ class AliasRecord:
         attributes = mmc_attributes(raw, where)
         if attributes is None:
             raise DamagedStoreError(f"{where} has no mmc attributes; extract with --overwrite")
+        if attributes.get("removed") is True:
+            return None
         try:
             record = cls(
                 generation=attributes["generation"],

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-LABELS_SHOWN = 20
+LABELS_SHOWN, PARENTS_SHOWN = 20, 5
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -12,9 +12,10 @@ def format_summary(info: Mapping[str, Any]) -> str:
     gone = f" ({info['gone']:,} more are gone from their source)" if info["gone"] else ""
     splits = ", ".join(f"{name or 'no split'} {count:,}" for name, count in info["splits"].items())
     lines = [
-        f"{info['path']}: format {info['format']}, {_bytes(info['bytes'])}",
+        f"{info['path']}: format {info['format']}, {format_bytes(info['bytes'])}",
         f"samples  {info['rows']:,}{gone}: {splits}",
         f"task     {info['task']}, {len(info['labels'])} labels, {info['labelled']:,} labelled",
+        *_tree(info["label_tree"]),
         *(f"source   {source['spec']}" for source in info["sources"]),
         "",
         *_features(info),
@@ -25,6 +26,17 @@ def format_summary(info: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _tree(tree: Mapping[str, Sequence[str]]) -> list[str]:
+    """One line about a label tree: how large it is, and its largest parents."""
+    if not tree:
+        return []
+    children = len({child for group in tree.values() for child in group})
+    largest = sorted(tree.items(), key=lambda item: -len(item[1]))[:PARENTS_SHOWN]
+    shown = ", ".join(f"{parent} ({len(group)})" for parent, group in largest)
+    more = f", {len(tree) - len(largest)} more" if len(tree) > len(largest) else ""
+    return [f"tree     {len(tree)} parents over {children} labels: {shown}{more}"]
+
+
 def _features(info: Mapping[str, Any]) -> list[str]:
     rows: list[tuple[str, ...]] = [
         ("feature", "shape", "dtype", "done", "failed", "missing", "size")
@@ -33,7 +45,7 @@ def _features(info: Mapping[str, Any]) -> list[str]:
         for name, field in record["features"].items():
             counts = (f"{field[key]:,}" for key in ("done", "failed", "missing"))
             shape = " x ".join(str(n) for n in field["shape"])
-            size = _bytes(field["bytes"])
+            size = format_bytes(field["bytes"])
             rows.append((f"{alias}/{name}", shape, str(field["dtype"]), *counts, size))
     if len(rows) == 1:
         return ["no features yet: run `mmc extract`"]
@@ -71,7 +83,7 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _bytes(count: float) -> str:
+def format_bytes(count: float) -> str:
     """A size with three digits or so: 12.3 MB."""
     unit = 0
     while count >= 1000 and unit < len(_UNITS) - 1:

@@ -29,6 +29,7 @@ def summary(store: "EmbeddingStore") -> dict[str, Any]:
         "task": store.task,
         "splits": {item["values"]: item["counts"] for item in splits},
         "labelled": int(labels.known.sum()),
+        "label_tree": store.label_tree,
         "labels": dict(zip(store.label_set, labels.counts().tolist(), strict=True)),
         "aliases": {alias: _alias(store, alias) for alias in store.aliases},
         "bytes": store.files.tree_bytes(""),

@@ -1,5 +1,6 @@
 """Merging a source's table into a store's: who is new, changed, relabelled or gone."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,17 +10,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from natsort import natsorted
 
+from mmc.store.aliases import FEATURES, reset_changed
 from mmc.store.errors import InputError
+from mmc.store.files import Files
+from mmc.store.locks import exclusive
 from mmc.store.samples import (
     COLUMNS,
     INTERNAL,
     TASKS,
     Rows,
+    SamplesFile,
     StoreMeta,
     csr,
     labels_column,
     take_rows,
     with_internal,
+    write_root,
+    write_samples,
 )
 
 Mask = npt.NDArray[np.bool_]
@@ -62,7 +69,38 @@ class Merge:
     """Content ("image", "text") to the rows of the old table where it changed."""
 
 
-def merge(old: pa.Table, old_meta: StoreMeta, new: pa.Table, new_meta: StoreMeta) -> Merge:
+def sync_files(
+    files: Files, table: pa.Table, asked: StoreMeta, replaces: str | None = None
+) -> SyncReport:
+    """Merge ``table`` (canonical) of the source that ``asked`` describes into a store's samples.
+
+    With ``replaces`` it takes the place of the store's source of that spec.
+
+    Raises:
+        InputError: the merged rows do not fit the task.
+        StoreLockedError: somebody writes.
+    """
+    with exclusive(files):
+        for folder in ("", FEATURES):
+            files.clean(folder, deep=False)
+        current = SamplesFile(files)
+        old = current.read()
+        merged = merge(old, current.meta, table, asked, replaces)
+        # First the statuses: a kill in between finds the same changes again next time.
+        reset_changed(files, merged.changed, current.meta.generation)
+        if merged.meta != current.meta or not merged.table.equals(old):
+            write_samples(files, merged.table, merged.meta)
+        write_root(files, merged.meta)
+    return merged.report
+
+
+def merge(
+    old: pa.Table,
+    old_meta: StoreMeta,
+    new: pa.Table,
+    new_meta: StoreMeta,
+    replaces: str | None = None,
+) -> Merge:
     """Merge ``new`` (canonical, of one source) into ``old`` by id.
 
     Rows keep their place; new ids are appended in the order of ``new``.
@@ -70,7 +108,7 @@ def merge(old: pa.Table, old_meta: StoreMeta, new: pa.Table, new_meta: StoreMeta
     Raises:
         InputError: the merged rows do not fit the task (several labels where one is allowed).
     """
-    meta, source = _merged_meta(old_meta, new_meta)
+    meta, source = _merged_meta(old_meta, new_meta, replaces)
     old, lost = _relabelled_for(old, old_meta, meta)
     new, _ = _relabelled_for(new, new_meta, meta)
 
@@ -116,13 +154,24 @@ def merge(old: pa.Table, old_meta: StoreMeta, new: pa.Table, new_meta: StoreMeta
     return Merge(table=_without_dead_columns(table, new), meta=meta, report=report, changed=changed)
 
 
-def _merged_meta(old: StoreMeta, new: StoreMeta) -> tuple[StoreMeta, int]:
+def merged_tree(sources: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Parent label -> children over all recipes with a ``label_tree``, in the order met."""
+    tree: dict[str, list[str]] = {}
+    for source in sources:
+        for parent, children in (source.get("label_tree") or {}).items():
+            known = tree.setdefault(parent, [])
+            known += [child for child in dict.fromkeys(children) if child not in known]
+    return tree
+
+
+def _merged_meta(old: StoreMeta, new: StoreMeta, replaces: str | None) -> tuple[StoreMeta, int]:
     """The description after the merge, and the index of the source in it."""
     recipe = new.sources[0]
     specs = [source["spec"] for source in old.sources]
     sources = list(old.sources)
-    if recipe["spec"] in specs:
-        index = specs.index(recipe["spec"])
+    spec = recipe["spec"] if recipe["spec"] in specs else replaces
+    if spec in specs:
+        index = specs.index(spec)
         sources[index] = recipe
     else:
         index = len(sources)

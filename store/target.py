@@ -3,7 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from mmc.store.aliases import FEATURES, arrays_json, find_alias, write_arrays_json
+from mmc.store.aliases import (
+    FEATURES,
+    arrays_json,
+    find_alias,
+    remove_alias,
+    write_arrays_json,
+)
 from mmc.store.errors import FingerprintMismatchError, InputError
 from mmc.store.files import Files
 from mmc.store.layout import default_shard_rows
@@ -46,7 +52,7 @@ class Target:
         found = find_alias(self.files, self.alias, self.samples.meta.generation)
         if found is None:
             # Without its record a folder is what a killed writer left: nothing in it counts.
-            self.files.remove_tree(self.prefix)
+            remove_alias(self.files, self.prefix)
             largest = max(field.row_bytes for field in fields)
             record = AliasRecord(
                 generation=self.samples.meta.generation,

@@ -1,6 +1,7 @@
 """Checking every byte of a store that counts, mending what can be, and dropping gone rows."""
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,16 +12,18 @@ from mmc.store.aliases import (
     FEATURES,
     alias_names,
     arrays_json,
+    current_failures,
     find_alias,
     read_failures,
     read_layout,
+    read_status,
     read_status_chunk,
     status_key,
     write_arrays_json,
     write_status_chunk,
 )
 from mmc.store.compaction import compact_files, finish
-from mmc.store.errors import DamagedStoreError
+from mmc.store.errors import DamagedStoreError, MmcError
 from mmc.store.files import Files
 from mmc.store.labeltext import LABEL_TEXT, read_label_text
 from mmc.store.locks import exclusive
@@ -28,6 +31,10 @@ from mmc.store.mapped import open_shard
 from mmc.store.reader import EmbeddingStore
 from mmc.store.samples import ROOT, SAMPLES, SamplesFile, write_root
 from mmc.store.schema import DONE, FAILED, MISSING, AliasRecord, dump, group_json
+from mmc.store.showing import format_bytes
+
+_LOOKS = 3
+"""Writers may be at work: what does not fit is looked at again before it counts as damage."""
 
 Kind = Literal["samples", "root", "alias", "array", "status", "shard", "failures", "label_text"]
 
@@ -48,6 +55,8 @@ class Problem:
     """What sort of file it is; ``samples`` and ``alias`` cannot be repaired."""
     tower: str = ""
     """Tower whose status is concerned."""
+    repairable: bool = True
+    """Whether `repair` mends it, so that the next extraction makes anew what was lost."""
 
 
 def verify(store: EmbeddingStore) -> list[Problem]:
@@ -68,7 +77,7 @@ def verify(store: EmbeddingStore) -> list[Problem]:
         what = "its attributes are not those of samples.parquet"
         problems.append(_problem(files, ROOT, "", what, "root"))
     for alias in alias_names(files):
-        problems.extend(_alias(files, alias, samples.num_rows, samples.meta.generation))
+        problems += _settled(files, alias, samples.num_rows, samples.meta.generation)
     return problems
 
 
@@ -89,20 +98,72 @@ def repair(store: EmbeddingStore) -> list[Problem]:
         finish(files, meta.generation)
         for problem in problems:
             _mend(files, problem, meta.generation)
+        if any(problem.kind == "array" for problem in problems):
+            # Only now can its shards be looked at.
+            more = [problem for problem in verify(store) if problem.repairable]
+            for problem in more:
+                _mend(files, problem, meta.generation)
+            problems += more
         write_root(files, meta)
         files.clean("", deep=False)
         files.clean(FEATURES, deep=True)
     return problems
 
 
-def compact(store: EmbeddingStore) -> int:
-    """Drop the rows that are gone; how many there were. Open the store again afterwards.
+@dataclass(frozen=True, kw_only=True)
+class CompactReport:
+    """What a compaction did."""
+
+    dropped: int
+    """Rows that were gone from their source."""
+    rows: int
+    """Rows that are left."""
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        """One line for people."""
+        freed = format_bytes(max(self.bytes_before - self.bytes_after, 0))
+        return f"{self.dropped:,} samples dropped, {self.rows:,} left; {freed} freed"
+
+
+def compact(store: EmbeddingStore) -> CompactReport:
+    """Drop the rows that are gone. Open the store again afterwards.
 
     Raises:
         StoreLockedError: somebody writes.
         DamagedStoreError: rows that have to move are damaged; nothing was changed.
     """
-    return compact_files(store.files)
+    before = store.files.tree_bytes("")
+    dropped = compact_files(store.files)
+    return CompactReport(
+        dropped=dropped,
+        rows=SamplesFile(store.files).num_rows,
+        bytes_before=before,
+        bytes_after=store.files.tree_bytes(""),
+    )
+
+
+def conclusion(problems: Sequence[Problem], path: str, *, repaired: bool) -> str:
+    """What to do after `verify` or `repair` found ``problems`` in the store at ``path``.
+
+    Raises:
+        MmcError: something is damaged still.
+    """
+    if not problems:
+        return f"{path}: every checksum is right"
+    mendable = sum(problem.repairable for problem in problems)
+    rest = len(problems) - mendable
+    parts = []
+    if mendable and repaired:
+        parts.append(f"{mendable} mended: run the same `mmc extract` again to fill what is missing")
+    elif mendable:
+        parts.append(f"{mendable} damaged in {path}: run `mmc verify {path} --repair`")
+    if rest:
+        parts.append(f"{rest} cannot be repaired: the lines above say what to do")
+    if rest or not repaired:
+        raise MmcError("; ".join(parts))
+    return parts[0]
 
 
 def _problem(
@@ -114,9 +175,26 @@ def _problem(
     shard: int | None = None,
     tower: str = "",
 ) -> Problem:
+    where = files.where(key)
     return Problem(
-        file=files.where(key), feature=feature, shard=shard, what=str(what), kind=kind, tower=tower
+        file=where,
+        feature=feature,
+        shard=shard,
+        what=str(what).removeprefix(f"{where} "),
+        kind=kind,
+        tower=tower,
+        repairable=kind not in ("samples", "alias"),
     )
+
+
+def _settled(files: Files, alias: str, rows: int, generation: int) -> list[Problem]:
+    """The problems of an alias that nobody overwrites or compacts while it is looked at."""
+    for _ in range(_LOOKS):
+        before = files.signature(f"{FEATURES}/{alias}/{ROOT}")
+        problems = list(_alias(files, alias, rows, generation))
+        if not problems or files.signature(f"{FEATURES}/{alias}/{ROOT}") == before:
+            break
+    return problems
 
 
 def _alias(files: Files, alias: str, rows: int, generation: int) -> Iterator[Problem]:
@@ -133,14 +211,34 @@ def _alias(files: Files, alias: str, rows: int, generation: int) -> Iterator[Pro
             yield _problem(files, f"{prefix}/{key}", alias, "it is missing", "array")
     for tower in record.towers:
         yield from _tower(files, prefix, alias, record, tower, rows)
-    try:
-        read_failures(files, prefix)
-    except DamagedStoreError as error:
-        yield _problem(files, f"{prefix}/errors.parquet", alias, error, "failures")
+    yield from _failures(files, prefix, alias, record, rows)
     try:
         read_label_text(files, prefix)
     except DamagedStoreError as error:
         yield _problem(files, f"{prefix}/{LABEL_TEXT}", alias, error, "label_text")
+
+
+def _failures(
+    files: Files, prefix: str, alias: str, record: AliasRecord, rows: int
+) -> Iterator[Problem]:
+    """Every row that failed has its reason."""
+    key = f"{prefix}/errors.parquet"
+    for _ in range(_LOOKS):
+        failed = {}
+        for tower in record.towers:
+            with contextlib.suppress(DamagedStoreError):  # which _tower() tells
+                failed[tower] = read_status(files, prefix, tower, rows, record.shard_rows) == FAILED
+        try:
+            failures = read_failures(files, prefix)
+        except DamagedStoreError as error:
+            yield _problem(files, key, alias, error, "failures")
+            return
+        count = sum(int(mask.sum()) for mask in failed.values())
+        lacking = count - len(current_failures(failures, failed))
+        if lacking <= 0:
+            return
+    what = f"it lacks the reasons of {lacking} of the {count} rows that failed"
+    yield _problem(files, key, alias, what, "failures")
 
 
 def _tower(
@@ -154,6 +252,7 @@ def _tower(
         except DamagedStoreError as error:
             key = f"{prefix}/{name}/{ROOT}"
             yield _problem(files, key, f"{alias}/{name}", error, "array", tower=tower)
+    present = {name: set(files.names(f"{prefix}/{name}")) for name in layouts}
     for shard in range(-(-rows // size)):
         try:
             status = read_status_chunk(files, prefix, tower, shard, size)
@@ -162,6 +261,10 @@ def _tower(
             yield _problem(files, key, alias, error, "status", shard, tower)
             continue
         if status is None:
+            if any(layout.key(shard) in present[name] for name, layout in layouts.items()):
+                key = status_key(prefix, tower, shard)
+                what = "it is missing, and with it which rows of its shard are done"
+                yield _problem(files, key, alias, what, "status", shard, tower)
             continue
         done = np.flatnonzero(status == DONE)
         for name, layout in layouts.items() if len(done) else ():
@@ -191,7 +294,9 @@ def _mend(files: Files, problem: Problem, generation: int) -> None:
     elif problem.kind == "label_text":
         files.remove_tree(f"{prefix}/{LABEL_TEXT}")
     elif problem.kind == "status" and problem.shard is not None:
-        files.remove(status_key(prefix, problem.tower, problem.shard))
+        size = record.shard_rows
+        nothing = np.zeros(0, np.uint8)
+        write_status_chunk(files, prefix, problem.tower, problem.shard, size, nothing)
     elif problem.kind == "shard" and problem.shard is not None:
         _reset(files, prefix, record, problem.tower, problem.shard, DONE)
     elif problem.kind == "failures":

@@ -24,11 +24,13 @@ from mmc.store.aliases import (
     read_failures,
     read_layout,
     read_status,
+    remove_alias,
+    status_shards,
     write_failures,
     write_status_chunk,
 )
 from mmc.store.compaction import roll_forward
-from mmc.store.errors import InputError
+from mmc.store.errors import InputError, MmcError
 from mmc.store.files import Files
 from mmc.store.labeltext import write_label_text
 from mmc.store.layout import Layout
@@ -55,6 +57,7 @@ from mmc.store.target import Target, check_settings
 @contextlib.contextmanager
 def open_writer(
     files: Files,
+    known: SamplesFile,
     alias: str,
     fields: Sequence[FieldSpec],
     identity: Mapping[str, Any],
@@ -64,7 +67,10 @@ def open_writer(
     compress: Compression = None,
     overwrite: bool = False,
 ) -> Iterator["Writer"]:
-    """Lock ``alias`` and make it ready for ``fields``; see ``EmbeddingStore.writer``."""
+    """Lock ``alias`` and make it ready for ``fields``; see ``EmbeddingStore.writer``.
+
+    ``known`` is what the caller takes the contents of the rows from: they must not have changed.
+    """
     check_name(alias, "name")
     check_settings(fields, shard_rows, compress)
     provenance = Provenance(
@@ -77,12 +83,17 @@ def open_writer(
         with held(files, SAMPLES_LOCK, wait=WAIT_SECONDS):
             stack.enter_context(held(files, alias_lock(alias)))
             samples = SamplesFile(files)
+            if samples.signature != known.signature:
+                raise MmcError(
+                    f"the samples of {files.url} were changed by another process in the meantime; "
+                    "run it again"
+                )
             write_root(files, samples.meta)
         roll_forward(files, alias, samples.meta.generation)
         files.clean(f"{FEATURES}/{alias}", deep=True)
         target = Target(files, alias, samples)
         if overwrite:
-            files.remove_tree(target.prefix)
+            remove_alias(files, target.prefix)
         record = target.ready(fields, provenance, shard_rows, compress)
         yield Writer(target, record, provenance.context)
 
@@ -110,6 +121,9 @@ class Writer:
         self._status: dict[str, Status] = {
             tower: read_status(self._files, self._prefix, tower, self._rows, self.shard_rows).copy()
             for tower in record.towers
+        }
+        self._started = {
+            tower: status_shards(self._files, self._prefix, tower) for tower in record.towers
         }
 
     @property
@@ -176,8 +190,9 @@ class Writer:
         self._note_context()
         before = status.copy()
         before[touched] = MISSING
-        if (before != status).any():
-            # Between the shards of two fields a kill must not leave these rows marked as done.
+        if (before != status).any() or (len(wanted) and shard not in self._started[tower]):
+            # Between the shards of two fields a kill must not leave these rows marked as done; and
+            # a shard without a status file tells that the file was lost.
             self._write_status(tower, shard, before)
         if len(wanted):
             kept = np.flatnonzero(before == DONE)
@@ -243,6 +258,7 @@ class Writer:
         write_status_chunk(self._files, self._prefix, tower, shard, self.shard_rows, status)
         start, stop = self.bounds(shard)
         self._status[tower][start:stop] = status
+        self._started[tower].add(shard)
 
     def _write_failures(self, tower: str, rows: Rows, failed: Mapping[int, str]) -> None:
         with self._lock:

@@ -92,6 +92,9 @@ def test_shard_without_status_is_not_there(folder: Path) -> None:
     (folder / "status_image" / "c.1").unlink()
     store = opened(folder)
     assert np.isnan(store[IMAGE].take(slice(8, 16), missing="fill")).all()
+    assert [(p.kind, p.tower, p.shard) for p in verify(store)] == [("status", "image", 1)]
+    assert "status_image/c.1" in verify(store)[0].file
+    repair(store)
     assert verify(store) == []
     with store.writer(ALIAS, FIELDS, IDENTITY, {}) as writer:
         assert writer.pending("image").tolist() == list(range(8, 16))

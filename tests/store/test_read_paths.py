@@ -16,7 +16,7 @@ from mmc.store import layout as layout_module
 from mmc.store.errors import InputError, RowsNotDoneError
 from mmc.store.mapped import ChunkedShard, MappedShard
 
-DTYPES = ["bool", "uint8", "int32", "float16", "float32", "float64"]
+DTYPES = ["bool", "uint8", "int16", "int32", "float16", "float32", "float64"]
 SOURCE = {"spec": "x"}
 
 
@@ -60,7 +60,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "rows": rows,
         "field": FieldSpec(
             name="f",
-            shape=draw(st.sampled_from([(), (1,), (3,), (5,), (8,), (2, 3), (1, 1, 7)])),
+            shape=draw(st.sampled_from([(), (1,), (3,), (5,), (8,), (2, 3), (36, 5), (1, 1, 7)])),
             dtype=draw(st.sampled_from(DTYPES)),
             tower="image",
         ),

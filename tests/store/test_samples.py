@@ -176,6 +176,25 @@ def test_a_damaged_table_is_named(tmp_path: Path, content: bytes | None) -> None
         EmbeddingStore.open(tmp_path / "s")
 
 
+def test_a_flipped_byte_in_the_table_is_an_error_or_changes_nothing(tmp_path: Path) -> None:
+    """Every page has a checksum; what is no page at the end of the file says where they are."""
+    store = create(tmp_path, samples_table(range(40), price=np.arange(40) / 7))
+    path, whole = tmp_path / "s" / "samples.parquet", store.samples
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[-8:-4], "little")
+    seen = 0
+    for at in range(4, len(raw) - 8 - length, 13):
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 4]) + raw[at + 1 :])
+        try:
+            table = EmbeddingStore.open(tmp_path / "s").samples
+        except DamagedStoreError as error:
+            assert "samples.parquet is damaged" in str(error)  # noqa: PT017
+            seen += 1
+        else:
+            assert table.equals(whole)
+    assert seen > 50
+
+
 def test_somebody_elses_parquet_is_not_taken(tmp_path: Path) -> None:
     create(tmp_path, samples_table(range(2)))
     pq.write_table(pa.table({"id": ["a"]}), tmp_path / "s" / "samples.parquet")

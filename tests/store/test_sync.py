@@ -13,6 +13,7 @@ from natsort import natsorted
 from mmc.store import EmbeddingStore, SyncReport
 from mmc.store.errors import InputError
 from mmc.store.samples import canonical, check_meta, with_internal
+from mmc.store.showing import format_summary
 from mmc.store.sync import merge
 from mmc.store.testing import LABELS, SOURCE, samples_table
 
@@ -244,3 +245,19 @@ def test_merge_equals_a_loop(
     assert report.added == len(ids) - len(old)
     assert report.gone == len(set(old) - set(new))
     assert report.unchanged == sum(old.get(name) == cell for name, cell in new.items())
+
+
+def test_label_trees_of_all_sources_are_one(store: EmbeddingStore, tmp_path: Path) -> None:
+    assert store.label_tree == {}
+    animals = {"animal": ["cat", "dog"], "bird": ["owl"]}
+    sync(store, samples_table(range(6)), source={**SOURCE, "label_tree": animals})
+    assert store.label_tree == animals
+    more = {"animal": ["dog", "eel"], "thing": []}
+    sync(store, samples_table([9]), source={"spec": "more.csv", "label_tree": more})
+    again = EmbeddingStore.open(tmp_path / "s")
+    assert again.label_tree == {"animal": ["cat", "dog", "eel"], "bird": ["owl"], "thing": []}
+    assert again.info()["label_tree"] == again.label_tree
+    lines = [line for line in format_summary(again.info()).splitlines() if line.startswith("tree")]
+    assert lines == ["tree     3 parents over 4 labels: animal (3), bird (1), thing (0)"]
+    sync(store, samples_table(range(6)), source={**SOURCE, "label_tree": None})
+    assert store.label_tree == more

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmc.store import EmbeddingStore, FieldSpec
+from mmc.store import EmbeddingStore, Feature, FieldSpec
 from mmc.store.errors import InputError, MmcError, RowsNotDoneError, StoreLockedError
 from mmc.store.testing import (
     ALIAS,
@@ -313,3 +313,53 @@ def test_info_is_plain_json(tmp_path: Path) -> None:
     assert image["bytes"] == 3 * (8 * 8 + 4 + 20) + (folder / "zarr.json").stat().st_size
     assert alias["fingerprint"] == store.provenance(ALIAS).fingerprint
     assert info["bytes"] > image["bytes"]
+
+
+def test_a_writer_whose_samples_were_changed_by_another_process_is_refused(tmp_path: Path) -> None:
+    """It would embed the contents that it knows, and the rows would count as done."""
+    ours = filled(f"{tmp_path}/s")
+    theirs = EmbeddingStore.open(tmp_path / "s")
+    keys = ["new", *(f"i{number}" for number in range(1, 20))]
+    theirs.sync(
+        samples_table(range(20), image_key=keys),
+        label_set=LABELS,
+        task="multilabel",
+        source=SOURCE,
+    )
+    with (
+        pytest.raises(MmcError, match="changed by another process in the meantime; run it again"),
+        ours.writer(ALIAS, FIELDS, IDENTITY, {}),
+    ):
+        pass
+    with theirs.writer(ALIAS, FIELDS, IDENTITY, {}) as writer:
+        assert writer.pending("image").tolist() == [0]
+
+
+def test_a_record_that_was_read_before_an_overwrite_is_not_mixed_with_what_lies_there_now(
+    tmp_path: Path,
+) -> None:
+    store = filled(f"{tmp_path}/s")
+    record, status = store.record(ALIAS), store.status(ALIAS, "image")
+    prefix = f"features/{ALIAS}"
+    with store.writer(ALIAS, FIELDS, {"other": 1}, {}, 8, overwrite=True) as writer:
+        fill(store, writer)
+    with pytest.raises(MmcError, match="overwritten while it was read; open the store again"):
+        Feature(store.files, prefix, ALIAS, record, "image", status)
+    store.files.remove_tree(prefix)
+    with pytest.raises(MmcError, match="open the store again"):
+        Feature(store.files, prefix, ALIAS, record, "image", status)
+
+
+def test_files_that_vanish_while_they_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`mmc info` beside a writer: its temporary files come and go."""
+    store = filled(f"{tmp_path}/s")
+    whole = store.files.tree_bytes("")
+    walk = os.walk
+
+    def walk_late(path: Any) -> Any:
+        return ((folder, names, [*files, ".c.0.tmp"]) for folder, names, files in walk(path))
+
+    monkeypatch.setattr(os, "walk", walk_late)
+    assert store.files.tree_bytes("") == whole
