@@ -9,29 +9,26 @@ import inspect
 import io
 import json
 import os
-import shutil
 import sys
-import tempfile
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, fields, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from filelock import FileLock, Timeout
 
+from mmc.extract.captions_options import CaptionConfig
 from mmc.extract.options import ExtractConfig
+from mmc.extract.prepare_options import PrepareConfig
 from mmc.extract.sources import SourceOptions
-from mmc.extract.sources.splits import split_named
-from mmc.heads.options import OptimConfig, PredictConfig, TrainConfig
+from mmc.heads.options import PredictConfig, TrainConfig
 from mmc.store.config import build, field_docs
 from mmc.store.errors import InputError, MmcError
-from mmc.store.registry import Entry, load, lookup
+from mmc.store.registry import Entry, entries, lookup
 
 app = typer.Typer(
     name="mmc",
@@ -41,15 +38,28 @@ app = typer.Typer(
 )
 
 # Which fields of the configs are options; the others are set with --set, or from Python.
-EXTRACT = """fields batch_size precision device workers max_text_tokens label_prompt label_names
+EXTRACT = """fields batch_size precision device workers max_text_tokens label_template label_names
     compress max_pixels shard_rows strict overwrite retry_failed"""
 SOURCE = """image_column text_column label_column id_column split_column image_root label_separator
-    split_by text_template task encoding allow_absolute_paths"""
-TRAIN = "head features loss batch_size epochs lr seed precision device overwrite"
-
+    split_by text_template task merge_labels missing_labels label_level ties dedupe encoding
+    allow_absolute_paths"""
+CAPTION = """prompt beams max_tokens min_tokens column batch_size precision device workers
+    max_pixels overwrite"""
+PREPARE = "to max_side quality shard_samples workers max_pixels overwrite"
+TRAIN = "head features loss batch_size epochs lr seed precision device max_memory overwrite"
 PREDICT = "split form scores top_k at_least_one device"
 RENAMED = {"form": "--format"}
 COMPLETED = {"head": "heads", "loss": "losses"}
+REPEATED = {"label_template"}
+"""Options that are given once for each value: values that may hold commas."""
+
+TABLES = {
+    "backbones": "mmc.extract.backbones",
+    "sources": "mmc.extract.sources",
+    "heads": "mmc.heads.models",
+    "losses": "mmc.heads.losses",
+}
+"""Where the table of each kind of component is."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -59,6 +69,13 @@ Set = Annotated[
     list[str] | None,
     typer.Option(
         "--set", metavar="KEY=VALUE", help="A setting of a part; see `mmc list heads NAME`. Repeat."
+    ),
+]
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="A table, a folder, a pattern of files, or train=A,test=B; see `mmc list sources`.",
     ),
 ]
 StorePath = Annotated[str, typer.Argument(metavar="STORE", help="The store's folder or URL.")]
@@ -78,7 +95,11 @@ def _options(config: type, fields: str, into: str) -> Callable[[Any], Any]:
         @functools.wraps(command)
         def call(**given: Any) -> Any:
             settings = {name: given.pop(name) for name in names}
-            given[into] = {k: v for k, v in settings.items() if v is not None and v is not False}
+            given[into] = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in settings.items()
+                if value is not None and value is not False and value != []
+            }
             return command(**given)
 
         signature = inspect.signature(command)
@@ -97,7 +118,7 @@ def _option(name: str, hint: Any, doc: str) -> inspect.Parameter:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         inner = next(arg for arg in typing.get_args(hint) if arg is not type(None))
     if typing.get_origin(inner) is tuple:
-        inner = str  # a,b,c
+        inner = list[str] if name in REPEATED else str  # or a,b,c
     flag = bool(inner is bool)
     option = typer.Option(
         RENAMED.get(name, "--" + name.replace("_", "-")),
@@ -132,18 +153,10 @@ def _names(table: str) -> Callable[[str], list[str]]:
     return complete
 
 
-def _table(kind: str) -> tuple[Any, ...]:
+def _table(kind: str) -> tuple[Entry, ...]:
     from importlib import import_module
 
-    from mmc.store.registry import entries
-
-    module, group = {
-        "backbones": ("mmc.extract.backbones", "BACKBONES"),
-        "sources": ("mmc.extract.sources", "SOURCES"),
-        "heads": ("mmc.heads.models", "HEADS"),
-        "losses": ("mmc.heads.losses", "LOSSES"),
-    }[kind]
-    return entries(getattr(import_module(module), group), f"mmc.{kind}")
+    return entries(getattr(import_module(TABLES[kind]), kind.upper()), f"mmc.{kind}")
 
 
 @app.callback(invoke_without_command=True)
@@ -191,10 +204,7 @@ def _devices() -> list[str]:
 @_options(SourceOptions, SOURCE, into="source_options")
 @_options(ExtractConfig, EXTRACT, into="settings")
 def extract_command(
-    source: Annotated[
-        str,
-        typer.Argument(metavar="SOURCE", help="A table, a folder of tables, or train=A,test=B."),
-    ],
+    source: Source,
     store: StorePath,
     backbone: Annotated[
         list[str],
@@ -233,6 +243,71 @@ def extract_command(
     )
     with Progress() as progress:
         report = extract(source, store, config, report=_say, progress=progress)
+    if json_output:
+        _print_json(asdict(report))
+
+
+@app.command("prepare")
+@_options(SourceOptions, SOURCE, into="source_options")
+@_options(PrepareConfig, PREPARE, into="settings")
+def prepare_command(
+    source: Source,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to make.")],
+    json_output: Json = False,
+    *,
+    settings: dict[str, Any],
+    source_options: dict[str, Any],
+) -> None:
+    """Write a source anew with smaller pictures, as shards or tables that are read fast.
+
+    \b
+    Example:
+      mmc prepare train.csv shards --to webdataset --max-side 512
+    """
+    from mmc.extract.prepare import prepare
+    from mmc.extract.progress import Progress
+
+    config = build(
+        PrepareConfig,
+        settings | {"source": build(SourceOptions, source_options, where="the source")},
+        where="mmc prepare",
+    )
+    with Progress() as progress:
+        report = prepare(source, out, config, report=_say, progress=progress)
+    if json_output:
+        _print_json(asdict(report))
+
+
+@app.command("caption")
+@_options(SourceOptions, SOURCE, into="source_options")
+@_options(CaptionConfig, CAPTION, into="settings")
+def caption_command(
+    source: Source,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Table to write: .csv or .parquet.")],
+    backbone: Annotated[
+        str, typer.Option(help="Captioning model: hf:HUB_NAME or hf:FOLDER of a BLIP.")
+    ],
+    json_output: Json = False,
+    *,
+    settings: dict[str, Any],
+    source_options: dict[str, Any],
+) -> None:
+    """Write a source's table with a column of captions of its pictures; resumes where it stopped.
+
+    \b
+    Example:
+      mmc caption train.csv captioned.csv --backbone hf:Salesforce/blip-image-captioning-base
+      mmc extract captioned.csv my.store --text-template "{text} [SEP] {caption}" --backbone hf:...
+    """
+    from mmc.extract.captions import caption
+    from mmc.extract.progress import Progress
+
+    options = build(SourceOptions, source_options, where="the source")
+    config = build(
+        CaptionConfig, settings | {"backbone": backbone, "source": options}, where="mmc caption"
+    )
+    with Progress() as progress:
+        report = caption(source, out, config, report=_say, progress=progress)
     if json_output:
         _print_json(asdict(report))
 
@@ -293,34 +368,29 @@ def predict_command(
       mmc predict my.run my.store --split test --out predictions.csv --scores
       mmc predict my.run new.csv --out predictions.csv --store new.store
     """
+    from mmc.extract.inputs import check_out, open_input
     from mmc.extract.progress import Progress
-    from mmc.extract.recipe import embed_like
-    from mmc.extract.recipe import source_options as combined
     from mmc.heads.artifact import Run
     from mmc.heads.predict import default_split, predict_csv
-    from mmc.store import EmbeddingStore
 
     config = build(PredictConfig, settings, where="mmc predict")
-    _check_out(out, run, input_)
+    check_out(out, run, input_)
     loaded = Run.load(run)
-    with ExitStack() as stack:
-        progress = stack.enter_context(Progress())
-        if _is_store(input_):
-            if store or source_options:
-                raise InputError(
-                    f"{input_} is a store: --store and the options of sources do not apply to it"
-                )
-            opened, rows = EmbeddingStore.open(input_), None
-        else:
-            opened, rows = embed_like(
-                loaded.recipe(),
-                input_,
-                store or stack.enter_context(_scratch(out)),
-                combined(loaded.recipe(), loaded.source, input_, source_options),
-                device=config.device,
-                report=_say,
-                progress=progress,
-            )
+    with (
+        Progress() as progress,
+        open_input(
+            input_,
+            loaded.recipe,
+            loaded.source,
+            out=out,
+            store=store,
+            given=source_options,
+            device=config.device,
+            report=_say,
+            progress=progress,
+        ) as (opened, rows),
+    ):
+        if rows is not None:
             config = replace(config, split=config.split or default_split(opened, rows))
         try:
             loaded.check_labels(opened.label_set, input_)
@@ -333,50 +403,6 @@ def predict_command(
         print(report)
     if not report.ok:
         raise typer.Exit(1)
-
-
-def _is_store(path: str) -> bool:
-    """Whether INPUT is a store; a source is a table, or a folder of tables."""
-    from mmc.store import EmbeddingStore
-    from mmc.store.errors import NotAStoreError
-
-    try:
-        EmbeddingStore.open(path)
-    except NotAStoreError:
-        return False
-    return True
-
-
-def _check_out(out: Path, run: Path, input_: str) -> None:
-    """Refuse to write predictions over what they are made from."""
-    target = out.absolute()
-    inputs = [Path(piece.rpartition("=")[2]).absolute() for piece in input_.split(",")]
-    folders = [path for path in target.parents if (path / "run.json").is_file()]
-    folders += [path for path in target.parents if (path / "zarr.json").is_file()]
-    is_table = target.parent in inputs and split_named(target.name.partition(".")[0])
-    if target in inputs or is_table:
-        raise InputError(f"--out {out} is INPUT itself; name another file")
-    if folders or target.parent == run.absolute():
-        raise InputError(f"--out {out} is inside a run or a store; name a file elsewhere")
-
-
-@contextmanager
-def _scratch(out: Path) -> Iterator[str]:
-    """A store beside the output, for as long as it is needed; removes what killed ones left."""
-    parent = out.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    for left in parent.glob(".mmc-predict-*"):
-        with suppress(Timeout), FileLock(left / "lock", timeout=0):
-            shutil.rmtree(left, ignore_errors=True)
-    with (
-        tempfile.TemporaryDirectory(prefix=".mmc-predict-", dir=parent) as folder,
-        FileLock(Path(folder) / "lock"),
-    ):
-        try:
-            yield f"{folder}/store"
-        except KeyboardInterrupt:
-            _say("that store was a temporary one; with --store FOLDER it would be kept")
-            raise
 
 
 @app.command("evaluate")
@@ -444,7 +470,7 @@ def verify_command(
       mmc verify my.store
       mmc verify my.store --repair
     """
-    from mmc.store import EmbeddingStore
+    from mmc.store import EmbeddingStore, conclusion
     from mmc.store import repair as repair_store
     from mmc.store import verify as verify_store
 
@@ -454,18 +480,11 @@ def verify_command(
         _print_json([asdict(problem) for problem in problems])
     for problem in [] if json_output else problems:
         print(f"{problem.file}: {problem.what}")
-    if not problems:
-        _say(f"{store}: every checksum is right")
-    elif repair:
-        _say(f"{len(problems)} mended: run the same `mmc extract` again to fill what is missing")
-    else:
-        raise MmcError(
-            f"{len(problems)} damaged files in {store}; run `mmc verify {store} --repair`"
-        )
+    _say(conclusion(problems, store, repaired=repair))
 
 
 @app.command("compact")
-def compact_command(store: StorePath) -> None:
+def compact_command(store: StorePath, json_output: Json = False) -> None:
     """Drop the samples that are gone from their source, and the space they take.
 
     \b
@@ -474,15 +493,19 @@ def compact_command(store: StorePath) -> None:
     """
     from mmc.store import EmbeddingStore, compact
 
-    print(f"{compact(EmbeddingStore.open(store))} samples dropped")
+    report = compact(EmbeddingStore.open(store))
+    if json_output:
+        _print_json(asdict(report))
+    else:
+        print(report)
 
 
 @app.command("list")
 def list_command(
     kind: Annotated[
-        Literal["backbones", "heads", "losses", "sources"],
-        typer.Argument(metavar="KIND", help="backbones, heads, losses or sources."),
-    ],
+        Literal["backbones", "heads", "losses", "sources"] | None,
+        typer.Argument(metavar="KIND", help="backbones, heads, losses or sources; none: all."),
+    ] = None,
     name: Annotated[
         str | None, typer.Argument(help="Show the settings of this head or loss.")
     ] = None,
@@ -495,39 +518,35 @@ def list_command(
       mmc list heads
       mmc list heads mlp
     """
+    from mmc.heads.listing import settings as list_settings
+
+    if kind is None:
+        tables = {kind: _table(kind) for kind in TABLES}
+        if json_output:
+            _print_json({kind: [asdict(entry) for entry in tables[kind]] for kind in tables})
+            return
+        for title, listed in tables.items():
+            print(f"\n{title}")
+            _print_entries(listed)
+        return
     table = _table(kind)
     if name is not None:
         table = (lookup(table, name, kind=kind.removesuffix("s"), group=f"mmc.{kind}"),)
-    settings = _settings(kind, table[0]) if name else []
+    component = {"heads": "head", "losses": "loss"}.get(kind)
+    settings = list_settings(component, table[0]) if name and component else []
     if json_output:
         _print_json([asdict(entry) for entry in table] + settings)
         return
-    width = max(len(entry.name) for entry in table)
-    for entry in table:
-        needs = f" ({entry.needs})" if entry.needs else ""
-        print(f"{entry.name:<{width}}  {entry.description}{needs}")
+    _print_entries(table)
     for setting in settings:
         print(f"\n--set {setting['key']}={setting['default']}\n    {setting['help']}")
 
 
-def _settings(kind: str, entry: Entry) -> list[dict[str, Any]]:
-    """What --set can say to a head or a loss, and to the optimiser."""
-    configs = {"optim": OptimConfig}
-    if kind in ("heads", "losses"):
-        group = {"heads": "head", "losses": "loss"}[kind]
-        configs = {group: load(entry).Config} | configs
-    else:
-        configs = {}
-    return [
-        {
-            "key": f"{group}.{field.name}",
-            "default": field.default,
-            "help": " ".join(docs[field.name].split()),
-        }
-        for group, config in configs.items()
-        for docs in [field_docs(config)]
-        for field in fields(config)
-    ]
+def _print_entries(table: tuple[Entry, ...]) -> None:
+    width = max(len(entry.name) for entry in table)
+    for entry in table:
+        needs = f" ({entry.needs})" if entry.needs else ""
+        print(f"{entry.name:<{width}}  {entry.description}{needs}")
 
 
 @app.command("demo")

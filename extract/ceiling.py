@@ -5,13 +5,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
-from mmc.extract.jobs import encode_images, encode_texts
-from mmc.extract.lanes import Lane
+from mmc.extract.forward import Ran
 
-SHORTEST_RUN_SECONDS = 3.0
+SHORTEST_RUN_SECONDS = 10.0
 """After shorter runs the measurement would say little and cost much."""
 FEWEST_BATCHES = 10
 """The same, for each encoder thread."""
@@ -19,7 +19,7 @@ BUDGET_SECONDS = 2.0
 
 
 def forward_seconds(
-    lanes: Sequence[Lane], device: torch.device, encoders: int, run_seconds: float
+    ran: Sequence[Ran], device: torch.device, encoders: int, run_seconds: float
 ) -> float | None:
     """Seconds that the batches of this run take on ready tensors, with as many encoder threads.
 
@@ -29,39 +29,40 @@ def forward_seconds(
     Returns:
         None when the run of ``run_seconds`` was too short to be worth it.
     """
-    batches = sum(lane.batches.total() for lane in lanes)
+    batches = sum(kind.count for kind in ran)
     if run_seconds < SHORTEST_RUN_SECONDS or batches < FEWEST_BATCHES * encoders:
         return None
-    shapes = [(lane, length) for lane in lanes for length in lane.batches]
-    shapes.sort(key=lambda shape: -shape[0].batches[shape[1]] * max(shape[1], 1))
+    kinds = sorted(ran, key=lambda kind: -kind.count * max(kind.step.length, 1))
     deadline = time.perf_counter() + BUDGET_SECONDS
-    total, per_token, measured = 0.0, dict[int, list[float]](), 0
-    for lane, length in shapes:
+    total, per_token, measured = 0.0, dict[Any, list[float]](), 0
+    for kind in kinds:
         left = deadline - time.perf_counter()
-        speeds = per_token.setdefault(id(lane), [])
+        speeds = per_token.setdefault((kind.step.alias, kind.step.towers), [])
         if left <= 0 and speeds:
-            seconds = length * sum(speeds) / len(speeds)
+            seconds = kind.step.length * sum(speeds) / len(speeds)
         else:
-            share = max(left, 0.0) / (len(shapes) - measured)
-            seconds = _seconds_per_batch(_forward(lane, length, device), device, encoders, share)
+            share = max(left, 0.0) / (len(kinds) - measured)
+            seconds = _seconds_per_batch(_forwards(kind, device), device, encoders, share)
             measured += 1
-            speeds.append(seconds / max(length, 1))
-        total += lane.batches[length] * seconds
+            speeds.append(seconds / max(kind.step.length, 1))
+        total += kind.count * seconds
     return total
 
 
-def _forward(lane: Lane, length: int, device: torch.device) -> Callable[[], object]:
-    """One forward pass of the lane over a batch of its own shape."""
-    tokens = lane.samples[length]
-    if tokens is not None:
-        return partial(encode_texts, lane, tokens)
-    size = (lane.batch_size, 3, *lane.geometry.size)
+def _forwards(kind: Ran, device: torch.device) -> list[Callable[[], object]]:
+    """Forward passes of one kind, over batches of its own shape."""
+    transform = kind.step.backbone.image_transform
+    if kind.step.towers == ("text",) or transform is None:
+        return [partial(kind.step.run, None, kind.tokens)]
+    if transform.shape is None:
+        return [partial(kind.step.run, pictures, kind.tokens) for pictures in kind.pictures]
+    size = (kind.step.batch_size, *transform.shape)
     pixels = torch.randint(0, 256, size, dtype=torch.uint8).to(device)
-    return partial(encode_images, lane, pixels)
+    return [partial(kind.step.run, pixels, kind.tokens)]
 
 
 def _seconds_per_batch(
-    forward: Callable[[], object], device: torch.device, encoders: int, budget: float
+    forwards: Sequence[Callable[[], object]], device: torch.device, encoders: int, budget: float
 ) -> float:
     """Wall seconds per batch with ``encoders`` threads that run batches for ``budget`` seconds."""
     counts = [0] * encoders
@@ -72,7 +73,7 @@ def _seconds_per_batch(
         torch.set_num_threads(1)
         with torch.no_grad():
             while counts[thread] == 0 or time.perf_counter() - start < budget:
-                forward()
+                forwards[counts[thread] % len(forwards)]()
                 _synchronize(device)
                 counts[thread] += 1
 

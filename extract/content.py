@@ -5,11 +5,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mmc.extract.images import ImageError, read_image
 from mmc.extract.plan import Rows
 from mmc.extract.sources import resolve_image
+from mmc.extract.sources.embedded import read_picture, table_of
 
 
 class Content:
@@ -33,11 +35,14 @@ class Content:
         Raises:
             ImageError: it cannot be read, or lies outside the image root.
         """
-        try:
-            path = resolve_image(self._sources[self._source[row]], self._image[row].as_py())
-        except ValueError as error:
-            raise ImageError(str(error)) from None
+        file, column = table_of(self._image[row].as_py())
         offset = self._offset[row].as_py()
+        try:
+            path = resolve_image(self._sources[self._source[row]], file)
+            if column is not None and offset is not None:
+                return read_picture(path, column, offset)
+        except (ValueError, OSError) as error:
+            raise ImageError(str(error)) from None
         return (
             read_image(path)
             if offset is None
@@ -45,7 +50,16 @@ class Content:
         )
 
 
-def without_image(samples: pa.Table) -> NDArray[np.bool_]:
-    """(N,) rows that name no image."""
-    missing: NDArray[np.bool_] = samples["image"].is_null().to_numpy()
-    return missing
+def holds(column: pa.ChunkedArray) -> NDArray[np.bool_]:
+    """(N,) rows that have something in a column."""
+    present: NDArray[np.bool_] = column.is_valid().to_numpy()
+    return present
+
+
+def content_keys(samples: pa.Table, tower: str) -> pa.ChunkedArray:
+    """(N,) key of what a tower reads of each row; null where it shares that with no other row."""
+    if tower == "fused":
+        return pc.binary_join_element_wise(samples["image_key"], samples["text_key"], " ")
+    keys = samples[f"{tower}_key"]
+    # A sample without text has the empty one, as many of them as there are.
+    return keys.fill_null("") if tower == "text" else keys

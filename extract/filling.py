@@ -13,19 +13,23 @@ from numpy.typing import NDArray
 
 from mmc.extract import ceiling, reporting
 from mmc.extract.backbones.base import Backbone
-from mmc.extract.content import Content, without_image
+from mmc.extract.content import Content, content_keys, holds
 from mmc.extract.engines import Engine
-from mmc.extract.jobs import Buffers, Clock, ImageSettings
-from mmc.extract.lanes import Lane
+from mmc.extract.forward import Tally
+from mmc.extract.jobs import Buffers, Clock, JobSettings
+from mmc.extract.lanes import NO_IMAGE, NO_TEXT, Lane
 from mmc.extract.options import ExtractConfig, ExtractReport
-from mmc.extract.plan import first_rows
-from mmc.extract.settings import Settings, usable_cores
-from mmc.extract.tasks import image_groups, tasks
+from mmc.extract.plan import Rows, first_rows
+from mmc.extract.settings import TEXTS_PER_IMAGE, usable_cores
+from mmc.extract.tasks import Presence, picture_groups, tasks
 from mmc.store import EmbeddingStore, FieldSpec, Writer
 from mmc.store.layout import default_shard_rows
 
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
+
+STAGES = {"image": "images", "fused": "images with texts", "text": "texts"}
+"""What progress calls the towers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +38,19 @@ class Loaded:
 
     alias: str
     backbone: Backbone
-    settings: Settings
+    batch_size: int
+    """Images in a batch."""
     fields: tuple[str, ...]
 
     @property
     def identity(self) -> dict[str, Any]:
         """All that decides the numbers; batches too, since sums are split by their shape."""
-        return {**self.backbone.identity, "batch_size": self.settings.batch_sizes}
+        return {**self.backbone.identity, "batch_size": self.batch_sizes}
+
+    @property
+    def batch_sizes(self) -> dict[str, int]:
+        """Samples in a batch: of pictures (with their texts or without), and of texts."""
+        return {"image": self.batch_size, "text": TEXTS_PER_IMAGE * self.batch_size}
 
     @property
     def specs(self) -> list[FieldSpec]:
@@ -85,7 +95,14 @@ class Filling:
         self._engine = Engine(device, self._workers, self._clock)
         self._samples: pa.Table = store.samples
         self._live = store.live
-        self._no_image = without_image(self._samples)
+        self._presence = Presence(
+            live=self._live,
+            image=holds(self._samples["image"]),
+            text=holds(self._samples["text"]),
+        )
+        self._firsts: dict[str, Rows] = {}
+        """Per tower: the row that computes each row's content."""
+        self._tally = Tally()
         self.writers: list[Writer] = []
 
     def open(self, stack: ExitStack) -> list[Lane]:
@@ -105,10 +122,10 @@ class Filling:
             for item, writer in zip(self._loaded, self.writers, strict=True)
             for tower in dict.fromkeys(spec.tower for spec in item.specs)
         ]
-        if len(image_groups(lanes)) > 1:
+        if len(picture_groups(lanes)) > 1:
             self._report(
-                "the backbones' shards or batches differ in the store, so pictures are decoded "
-                "more than once"
+                "the backbones' shards or batches have no small common multiple, so pictures are "
+                "decoded more than once"
             )
         return lanes
 
@@ -126,10 +143,6 @@ class Filling:
         return min([*there, *wanted])
 
     def _lane(self, item: Loaded, writer: Writer, tower: str) -> Lane:
-        keys = self._samples[f"{tower}_key"]
-        if tower == "text":
-            # A sample without text has the empty one, as many of them as there are.
-            keys = keys.fill_null("")
         errors = self._store.errors(item.alias)
         pending = writer.pending(tower, retry_failed=self._config.retry_failed)
         again = set(pending.tolist())
@@ -150,11 +163,18 @@ class Filling:
             writer=writer,
             reader=self._reader(item.alias),
             fields=tuple(spec for spec in item.specs if spec.tower == tower),
-            batch_size=item.settings.batch_sizes[tower],
+            batch_size=item.batch_sizes["text" if tower == "text" else "image"],
             pending=pending,
-            firsts=first_rows(keys, self._live),
+            firsts=self._first_rows(tower),
+            pictures=self._first_rows("image"),
             failed=failed,
         )
+
+    def _first_rows(self, tower: str) -> Rows:
+        """For each row the one that computes its content; the same for all backbones."""
+        if tower not in self._firsts:
+            self._firsts[tower] = first_rows(content_keys(self._samples, tower), self._live)
+        return self._firsts[tower]
 
     def _reader(self, alias: str) -> Callable[[str, NDArray[np.int64]], NDArray[Any]]:
         return lambda field, rows: self._store[f"{alias}/{field}"].take(rows)
@@ -164,24 +184,25 @@ class Filling:
         start = time.perf_counter()
         if not any(len(lane.pending) for lane in lanes):
             return 0.0
-        settings = ImageSettings(
+        settings = JobSettings(
             content=Content(self._samples, self._store.sources),
             buffers=Buffers(pinned=self._device.type == "cuda"),
             clock=self._clock,
+            tally=self._tally,
             max_pixels=self._config.max_pixels,
         )
 
         def tick() -> None:
-            for tower in ("image", "text"):
+            for tower, stage in STAGES.items():
                 mine = [lane for lane in lanes if lane.tower == tower and len(lane.pending)]
                 if mine:
                     done = sum(lane.done for lane in mine)
-                    progress(f"{tower}s", done, sum(len(lane.pending) for lane in mine))
+                    progress(stage, done, sum(len(lane.pending) for lane in mine))
 
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            self._engine.run(tasks(lanes, self._live, self._no_image, settings), tick)
+            self._engine.run(tasks(lanes, self._presence, settings), tick)
         except KeyboardInterrupt:
             self._report(
                 "interrupted; what was embedded so far is in the store, and the same command goes "
@@ -200,7 +221,9 @@ class Filling:
         pending = [lane.pending for lane in lanes]
         touched = np.unique(np.concatenate(pending)) if pending else np.empty(0, np.int64)
         embedded = reporting.count_embedded(lanes)
-        forward = ceiling.forward_seconds(lanes, self._device, self._engine.encoders, embed_seconds)
+        forward = ceiling.forward_seconds(
+            self._tally.all(), self._device, self._engine.encoders, embed_seconds
+        )
         threads = {
             "read": self._workers,
             "decode": self._workers,
@@ -216,7 +239,8 @@ class Filling:
             embedded=embedded,
             skipped=samples - len(touched),
             failed=len({failure.row for failure in failures}),
-            without_image=reporting.count_without_image(lanes),
+            without_image=reporting.count_absent(lanes, NO_IMAGE),
+            without_text=reporting.count_absent(lanes, NO_TEXT),
             failures=tuple(failures[: reporting.FAILURES_SHOWN]),
             seconds=seconds,
             load_seconds=load_seconds,

@@ -24,7 +24,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as resizing
 
-from mmc.extract.transforms import ImageTransform
+from mmc.extract.transforms import ImageTransform, OriginalSize, Pyramid, Transform
 from mmc.store.errors import MmcError
 
 DEFAULT_MAX_PIXELS = 89_478_485
@@ -88,10 +88,8 @@ def read_image(path: str | os.PathLike[str], offset: int | None = None, size: in
         raise ImageError(f"cannot be read: {error.strerror or error}") from None
 
 
-def decode(
-    data: bytes, transform: ImageTransform, *, max_pixels: int = DEFAULT_MAX_PIXELS
-) -> Tensor:
-    """Decode one image file and bring it to the model's size.
+def decode(data: bytes, transform: Transform, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Tensor:
+    """Decode one image file and bring it to the size, or the sizes, that a model takes.
 
     Args:
         data: the file's bytes; the format is recognised from them, not from a name.
@@ -99,22 +97,66 @@ def decode(
         max_pixels: pictures with more are refused from the header alone.
 
     Returns:
-        uint8, (3, H, W) with (H, W) = ``transform.size``, contiguous.
+        uint8 of ``transform.shape``, contiguous; with ``OriginalSize`` (3, H, W) of the file.
 
     Raises:
         ImageError: not an image, truncated, damaged, or too large.
     """
+    return fit(decode_rgb(data, max_pixels=max_pixels), transform)
+
+
+def decode_rgb(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Tensor:
+    """The upright picture in its own size, uint8 (3, H, W); see :func:`decode`."""
     image = _open(data, max_pixels)
     pixels = _jpeg_pixels(data, image)
-    if pixels is None:
-        rgb = _load_rgb(image)
-        if _is_strip(rgb.height, rgb.width, transform):
-            return _as_tensor(_fit_with_pillow(rgb, transform))
-        pixels = _as_tensor(rgb)
-    elif _is_strip(pixels.shape[1], pixels.shape[2], transform):
-        rgb = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-        return _as_tensor(_fit_with_pillow(rgb, transform))
+    return _as_tensor(_load_rgb(image)) if pixels is None else pixels
+
+
+def shrink(
+    data: bytes, *, max_side: int, quality: int, max_pixels: int = DEFAULT_MAX_PIXELS
+) -> bytes:
+    """The picture as an upright RGB JPEG whose longest side is ``max_side`` at most.
+
+    It is never enlarged. A JPEG that is small enough and upright, gray or RGB, is given back as it
+    is: no generation is lost, and the pixels that a model sees stay the same.
+
+    Args:
+        quality: of the JPEG that is written, 1 to 100.
+
+    Raises:
+        ImageError: as :func:`decode`.
+    """
+    pixels = decode_rgb(data, max_pixels=max_pixels)
+    height, width = pixels.shape[1:]
+    if max(height, width) <= max_side:
+        header = _open(data, max_pixels)
+        if header.format == "JPEG" and header.mode in ("RGB", "L") and _orientation(header) == 1:
+            return data
+    picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    if max(height, width) > max_side:
+        scale = max_side / max(height, width)
+        sides = (max(1, round(width * scale)), max(1, round(height * scale)))
+        picture = picture.resize(sides, Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def fit(pixels: Tensor, transform: Transform) -> Tensor:
+    """Bring an upright picture uint8 (3, H, W) to what ``transform`` says; ``pixels`` stays."""
+    if isinstance(transform, OriginalSize):
+        return pixels.contiguous()
+    if isinstance(transform, Pyramid):
+        levels = [_fit(pixels, transform.level(number)) for number in range(transform.levels)]
+        return torch.cat([_tiles(level, transform.base.size) for level in levels])
     return _fit(pixels, transform)
+
+
+def _tiles(level: Tensor, size: tuple[int, int]) -> Tensor:
+    """(3, n * H, m * W) cut into (n * m, 3, H, W), row by row; size is (H, W)."""
+    height, width = size
+    cut = level.unflatten(1, (-1, height)).unflatten(3, (-1, width))
+    return cut.permute(1, 3, 0, 2, 4).flatten(0, 1)
 
 
 def decode_reference(
@@ -220,6 +262,9 @@ def _is_strip(height: int, width: int, transform: ImageTransform) -> bool:
 
 def _fit(pixels: Tensor, transform: ImageTransform) -> Tensor:
     """Resize and crop or pad uint8 (3, H, W) to the model's size."""
+    if _is_strip(pixels.shape[1], pixels.shape[2], transform):
+        rgb = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+        return _as_tensor(_fit_with_pillow(rgb, transform))
     new_height, new_width = transform.resized(pixels.shape[1], pixels.shape[2])
     pixels = _resize(pixels, new_height, new_width, transform)
     height, width = transform.size

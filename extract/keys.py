@@ -7,16 +7,20 @@ git's index.
 """
 
 import hashlib
+import io
 import os
 import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmc.extract.sources import Samples, resolve_image
+from mmc.extract.sources.duplicates import settle
+from mmc.extract.sources.embedded import read_picture, table_of
 
 _DIGITS = 32
 _CHUNK = 64
@@ -53,6 +57,19 @@ def add_keys(
     for name, values in columns.items():
         table = _set(table, name, values.take(codes))
     return _set(table, "text_key", _text_keys(table["text"]))
+
+
+def drop_duplicates(samples: Samples, *, workers: int, report: Callable[[str], None]) -> None:
+    """Leave out of ``samples`` what repeats another, as ``--dedupe`` asks, for who keeps no keys.
+
+    Args:
+        samples: what a source gave; its table and counts change.
+        workers: threads that read files.
+        report: called with each line on what was dropped.
+    """
+    kept = settle(samples, add_keys(samples, None, workers=workers), True, report)
+    ids = samples.table["id"]
+    samples.table = samples.table.filter(pc.is_in(ids, kept["id"].combine_chunks()))
 
 
 def content_key(data: bytes) -> str:
@@ -107,7 +124,8 @@ def _look_at(
     progress: Progress | None,
 ) -> list[_Found]:
     def look_at(start: int) -> list[_Found]:
-        return [_picture(place, source, known) for place in places[start : start + _CHUNK]]
+        with _Files(source) as files:
+            return [_picture(place, files, known) for place in places[start : start + _CHUNK]]
 
     found: list[_Found] = []
     with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
@@ -118,25 +136,64 @@ def _look_at(
     return found
 
 
-def _picture(place: _Place, source: dict[str, Any], known: dict[tuple[Any, ...], str]) -> _Found:
+class _Files:
+    """Files of pictures, the last one kept open: pictures that are neighbours lie in one tar."""
+
+    def __init__(self, source: dict[str, Any]) -> None:
+        self._source = source
+        self._image: str | None = None
+        self._path = Path()
+        self._column: str | None = None
+        self._status: os.stat_result | None = None
+        self._file: io.FileIO | None = None
+
+    def __enter__(self) -> "_Files":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = self._status = self._image = None
+
+    def status(self, image: str) -> os.stat_result:
+        """Raises OSError when it is not there."""
+        if image != self._image or self._status is None:
+            self._close()
+            file, self._column = table_of(image)
+            self._path = resolve_image(self._source, file)
+            self._status, self._image = os.stat(self._path), image
+        return self._status
+
+    def read(self, offset: int | None, size: int) -> bytes:
+        """Bytes of the picture whose status was asked for last."""
+        if offset is None:
+            return _read(self._path)
+        if self._column is not None:
+            return read_picture(self._path, self._column, offset)
+        if self._file is None:
+            self._file = open(self._path, "rb", buffering=0)  # noqa: SIM115 (closed by _close)
+        self._file.seek(offset)
+        return self._file.read(size)
+
+
+def _picture(place: _Place, files: _Files, known: dict[tuple[Any, ...], str]) -> _Found:
     image, offset, size = place
-    path = resolve_image(source, image)
     try:
-        status = os.stat(path)
+        status = files.status(image)
         if not stat.S_ISREG(status.st_mode):  # a pipe would block, a device never end
             return None, None, None
         size = status.st_size if size is None else size
         key = known.get((image, offset, size, status.st_mtime_ns))
         if key is None:
-            key = content_key(_read(path, offset, size))
+            key = content_key(files.read(offset, size))
     except OSError:
         return None, None, None
     return key, size, status.st_mtime_ns
 
 
-def _read(path: os.PathLike[str], offset: int | None, size: int) -> bytes:
+def _read(path: Path) -> bytes:
     with open(path, "rb", buffering=0) as file:
-        if offset is None:
-            return file.readall()
-        file.seek(offset)
-        return file.read(size)
+        return file.readall()

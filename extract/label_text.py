@@ -2,16 +2,21 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mmc.extract.backbones import load_backbone
 from mmc.extract.backbones.base import Backbone
 from mmc.extract.jobs import batch_tokens
 from mmc.extract.plan import text_batches
+from mmc.extract.settings import pick_device
 from mmc.store import EmbeddingStore, Writer
+from mmc.store.errors import InputError
+from mmc.store.schema import difference
 
 BATCH_SIZE = 32
 
@@ -21,7 +26,7 @@ def update_label_text(
     writer: Writer,
     backbone: Backbone,
     names: Mapping[str, str],
-    prompt: str | None,
+    templates: Sequence[str] | None,
 ) -> bool:
     """Embed the prompts of a store's labels, unless the store has just those.
 
@@ -30,7 +35,7 @@ def update_label_text(
         writer: of the backbone's alias.
         backbone: nothing happens when it gives no ``text``.
         names: words for labels; a label that is not in it speaks for itself.
-        prompt: template with ``{label}``; None: the backbone's own.
+        templates: with ``{label}`` in each; None: the backbone's own.
 
     Returns:
         Whether they were computed.
@@ -38,14 +43,86 @@ def update_label_text(
     labels = store.label_set
     if "text" not in backbone.fields or not labels:
         return False
-    template = prompt or backbone.prompt_template
-    recorded = _description(template, labels, names)
+    templates = templates or (backbone.prompt_template,)
+    words = [names.get(label, label) for label in labels]
+    recorded = _description(templates, labels, words)
     there = store.label_text(writer.alias)
     if there and there[0] == labels and store.label_prompt(writer.alias) == recorded:
         return False
-    texts = [template.replace("{label}", names.get(label, label)) for label in labels]
-    writer.write_label_text(labels, embed_texts(backbone, texts), recorded)
+    writer.write_label_text(labels, embed_labels(backbone, words, templates), recorded)
     return True
+
+
+def embed_labels(
+    backbone: Backbone, words: Sequence[str], templates: Sequence[str] | None = None
+) -> NDArray[np.float32]:
+    """The text embedding (C, D) of each label.
+
+    Args:
+        backbone: with the field ``text``.
+        words: C labels, in the words that are filled in.
+        templates: with ``{label}`` in each; None: the backbone's own. One alone is embedded as the
+            backbone gives it. The embeddings of several are normalised to length 1 and averaged:
+            the prompt ensembling of Radford et al. 2021 (arXiv:2103.00020, section 3.1.4).
+    """
+    templates = templates or (backbone.prompt_template,)
+    texts = [template.replace("{label}", word) for template in templates for word in words]
+    arrays = embed_texts(backbone, texts).reshape(len(templates), len(words), -1)
+    if len(templates) == 1:
+        return arrays[0]
+    lengths = np.linalg.norm(arrays, axis=2, keepdims=True)
+    mean: NDArray[np.float32] = (arrays / np.maximum(lengths, 1e-12)).mean(axis=0)
+    return mean
+
+
+def embed_labels_like(
+    recipe: Mapping[str, Any],
+    words: Sequence[str],
+    templates: Sequence[str] | None = None,
+    *,
+    device: str,
+) -> NDArray[np.float32]:
+    """As `embed_labels`, with the backbone that made a run's features: labels that come later.
+
+    Args:
+        recipe: one entry of `Run.recipe`: identity and context of a backbone.
+        words: see `embed_labels`.
+        templates: see `embed_labels`.
+        device: where the backbone runs, as ``--device`` takes it.
+
+    Raises:
+        InputError: the run does not name its backbone; it cannot be loaded, is not the one that
+            made the features, or gives no ``text``.
+    """
+    spec, identity = spec_of(recipe), recipe["identity"]
+    backbone = load_backbone(
+        spec,
+        device=str(pick_device(device)),
+        precision=identity["precision"],
+        max_text_tokens=identity.get("max_text_tokens"),
+    )
+    before = {key: value for key, value in identity.items() if key != "batch_size"}
+    lines = difference(before, json.loads(json.dumps(backbone.identity)))
+    if lines:
+        raise InputError(f"{spec} is not what made {recipe['alias']!r}: " + "; ".join(lines))
+    if "text" not in backbone.fields:
+        raise InputError(f"{spec} has no text tower, so it cannot embed labels")
+    return embed_labels(backbone, words, templates)
+
+
+def spec_of(recipe: Mapping[str, Any]) -> str:
+    """Spec of the backbone that made a run's features.
+
+    Raises:
+        InputError: the run does not say.
+    """
+    context = recipe["context"]
+    if "spec" not in context:
+        raise InputError(
+            f"the run does not say which backbone made {recipe['alias']!r}; "
+            "extract the data yourself and give the store"
+        )
+    return str(context.get("resolved_spec", context["spec"]))
 
 
 def embed_texts(backbone: Backbone, texts: list[str]) -> NDArray[np.float32]:
@@ -65,10 +142,10 @@ def embed_texts(backbone: Backbone, texts: list[str]) -> NDArray[np.float32]:
     return array
 
 
-def _description(template: str, labels: tuple[str, ...], names: Mapping[str, str]) -> str:
-    """The template, and which names were filled in where they are not the labels themselves."""
-    words = [names.get(label, label) for label in labels]
-    if words == list(labels):
-        return template
-    digest = hashlib.sha256(json.dumps(words).encode()).hexdigest()
-    return f"{template} (label names {digest[:12]})"
+def _description(templates: Sequence[str], labels: Sequence[str], words: Sequence[str]) -> str:
+    """The templates, and which words were filled in where they are not the labels themselves."""
+    text = templates[0] if len(templates) == 1 else json.dumps(list(templates), ensure_ascii=False)
+    if list(words) == list(labels):
+        return text
+    digest = hashlib.sha256(json.dumps(list(words)).encode()).hexdigest()
+    return f"{text} (label names {digest[:12]})"

@@ -1,21 +1,23 @@
 """Where results go: a lane is one tower of one backbone, filled shard by shard."""
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmc.extract.backbones.base import Backbone, TokenBatch
+from mmc.extract.backbones.base import Backbone
 from mmc.extract.plan import Rows
-from mmc.extract.transforms import ImageTransform
+from mmc.extract.transforms import Transform
 from mmc.store import FieldSpec, Writer
 
 NO_IMAGE = "no image"
+NO_TEXT = "no text"
+ABSENT = (NO_IMAGE, NO_TEXT)
+"""Reasons of rows that lack what a tower reads: nothing went wrong with them."""
 
 
 @dataclass
@@ -34,36 +36,25 @@ class Lane:
     """Rows to fill, ascending."""
     firsts: Rows
     """(N,) the row that computes each row's content (see `plan.first_rows`)."""
+    pictures: Rows
+    """(N,) the row that computes each row's picture: what batches of pictures are cut from."""
     failed: dict[int, str] = field(default_factory=dict)
     """Reasons of rows that failed, from earlier runs (first rows only) and from this one."""
     done: int = 0
     """Rows of this run that are settled in memory: embedded, copied or failed."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Guards ``done`` and the counts of the lane's shards."""
-    batches: Counter[int] = field(default_factory=Counter)
-    """Batches of this run by token length (0 for images)."""
-    samples: dict[int, TokenBatch | None] = field(default_factory=dict)
-    """A batch of tokens of each length, to measure the bare forward rate with."""
 
     @cached_property
-    def geometry(self) -> ImageTransform:
+    def geometry(self) -> Transform:
         """How pictures are decoded for it; backbones that only normalise differently share it."""
         transform = self.backbone.image_transform
         assert transform is not None
-        return replace(transform, scale=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+        return transform.geometry
 
     @property
     def label(self) -> str:
         return f"{self.alias}/{self.tower}"
-
-    def count_batch(self, length: int, tokens: TokenBatch | None) -> None:
-        """Note a batch that is going to run (called by one thread)."""
-        self.batches[length] += 1
-        self.samples.setdefault(length, tokens)
-
-    @property
-    def field_names(self) -> tuple[str, ...]:
-        return tuple(spec.name for spec in self.fields)
 
 
 class ShardWork:

@@ -37,8 +37,9 @@ class ExtractConfig:
     """Threads that decode (on a CPU they also run the backbone); default: one per core."""
     max_text_tokens: int | None = None
     """Longest text in tokens; longer ones are cut; default: the backbone's own limit."""
-    label_prompt: str | None = None
-    """Sentence in which label names are embedded, with {label} in it; default: the backbone's."""
+    label_template: tuple[str, ...] | None = None
+    """Sentence in which label names are embedded, with {label} in it; default: the backbone's. When
+    it is given several times the embeddings are normalised and averaged."""
     label_names: Path | None = None
     """JSON file {label: name in words} for labels that are codes."""
     compress: Literal["zstd"] | None = None
@@ -70,8 +71,9 @@ class ExtractConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
-        if self.label_prompt is not None and "{label}" not in self.label_prompt:
-            raise InputError(f"the label prompt {self.label_prompt!r} has no {{label}} in it")
+        for template in self.label_template or ():
+            if "{label}" not in template:
+                raise InputError(f"the label template {template!r} has no {{label}} in it")
 
     def aliases(self) -> tuple[str, ...]:
         """The name in the store of each backbone.
@@ -90,10 +92,12 @@ class ExtractConfig:
 def default_alias(spec: str) -> str:
     """A short name for a backbone spec: ``open_clip:ViT-B-32/laion2b`` -> ``ViT-B-32``."""
     parsed = parse_spec(spec)
+    if parsed.family.startswith("fasterrcnn"):  # what follows is a file or a data set
+        return parsed.family
     parts = [part for part in re.split(r"[/\\:]", parsed.name) if part]
-    # open_clip names are model/weights; of hub names and folders the last part tells them apart.
-    folder = Path(parsed.name).is_absolute() or Path(parsed.name).is_dir()
-    first = parsed.family == "open_clip" and not folder
+    # Some names are model/weights; of hub names and folders the last part tells them apart.
+    path = Path(parsed.name).is_absolute() or Path(parsed.name).is_dir() or ":" in parsed.name
+    first = parsed.family in ("open_clip", "torchvision", "timm") and not path
     part = (parts or [""])[0 if first else -1]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", part).strip("-._") or parsed.family
 
@@ -153,6 +157,8 @@ class ExtractReport:
     """Samples that could not be embedded in this run."""
     without_image: int
     """Samples of this run that name no image though others do."""
+    without_text: int
+    """Samples of this run that have an image and no text, where fused features need both."""
     failures: tuple[Failure, ...]
     """The first few failures."""
     seconds: float

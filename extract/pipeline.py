@@ -1,36 +1,37 @@
 """`mmc extract`: from a source to a filled store.
 
-The order matters: everything that the user may have got wrong is found before the store is
-touched, and the table of samples is in place before the first embedding is.
+The order matters: backbones are found wrong before a source is read, which may take minutes;
+everything that the user may have got wrong is found before the store is touched; and the table of
+samples is in place before the first embedding is.
 """
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import torch
 
 from mmc.extract import reporting
 from mmc.extract.backbones import load_backbone
 from mmc.extract.filling import Filling, Loaded, open_writer
-from mmc.extract.keys import add_keys
 from mmc.extract.label_text import update_label_text
-from mmc.extract.lanes import NO_IMAGE
+from mmc.extract.lanes import ABSENT
 from mmc.extract.options import ExtractConfig, ExtractReport, read_label_names
 from mmc.extract.settings import (
+    choose_batch_size,
     choose_fields,
     choose_settings,
     pick_device,
     recorded,
-    usable_cores,
 )
 from mmc.extract.sources import Samples, read_source
-from mmc.store import EmbeddingStore, SyncReport
-from mmc.store.errors import InputError, MmcError, NotAStoreError
-from mmc.store.files import open_files
+from mmc.extract.sources.read import check_source
+from mmc.extract.syncing import open_if_there, update_samples
+from mmc.store import EmbeddingStore
+from mmc.store.errors import InputError, MmcError
+from mmc.store.schema import TOWER_CONTENT
 
 __all__ = ["ExtractConfig", "ExtractReport", "extract"]
 
@@ -66,52 +67,74 @@ def extract(
             sample could not be embedded.
         KeyboardInterrupt: Ctrl-C; what was finished by then is in the store.
     """
+    check_source(source)
+    each = [
+        replace(config, backbones=(spec,), names=(alias,))
+        for spec, alias in zip(config.backbones, config.aliases(), strict=True)
+    ]
+    read = partial(read_source, source, config.source)
+    return extract_each(
+        read, store_path, config, each, some_fields=len(each) > 1, report=report, progress=progress
+    )
+
+
+def extract_each(
+    read: Callable[[], Samples],
+    store_path: str,
+    config: ExtractConfig,
+    each: Sequence[ExtractConfig],
+    *,
+    some_fields: bool = False,
+    label_texts: bool = True,
+    report: Say,
+    progress: Progress,
+) -> ExtractReport:
+    """As `extract`, with settings for each backbone.
+
+    Args:
+        read: gives the samples; called when all that is cheap to check has been.
+        store_path: the store; made when there is none.
+        config: of the run; its backbones do not count.
+        each: one backbone each, with its name, fields, batch size, precision and text length.
+        some_fields: whether a backbone may lack some of its fields that another gives.
+        label_texts: whether the label names are embedded, too.
+        report: called with each line for the user.
+        progress: called with (stage, done, total).
+    """
     started = time.perf_counter()
-    aliases = config.aliases()
     device = pick_device(config.device)
+    if config.label_names is not None:
+        read_label_names(config.label_names, ())
     store = open_if_there(store_path)
-    samples = read_source(source, config.source)
-    for line in (*samples.notes, *(f"warning: {line}" for line in samples.warnings)):
+    loaded = [_load(one, store, device, some_fields) for one in each]
+    _check_all_given(config.fields or (), loaded)
+    load_seconds = time.perf_counter() - started
+    if store is not None:
+        for item in loaded:
+            _check_continues(store, item, config)
+    samples = read()
+    warnings = (f"warning: {line}" for line in samples.warnings)
+    for line in (*samples.notes, *warnings, *samples.advice):
         report(line)
     names = read_label_names(config.label_names, samples.label_set)
     contents = _contents(samples, store)
-    loading = time.perf_counter()
-    loaded = [
-        _load(spec, alias, store, config, device, contents, report)
-        for spec, alias in zip(config.backbones, aliases, strict=True)
-    ]
-    load_seconds = time.perf_counter() - loading
-    store = _update_samples(store_path, store, loaded, samples, config, report, progress)
+    loaded = [_usable(item, contents, report) for item in loaded]
+    store = update_samples(store_path, store, samples, config, report, progress)
     filling = Filling(store, loaded, config, device, report)
     with ExitStack() as stack:
         lanes = filling.open(stack)
         embed_seconds = filling.run(lanes, progress)
-        for writer, item in zip(filling.writers, loaded, strict=True):
-            if update_label_text(store, writer, item.backbone, names, config.label_prompt):
-                report(f"{item.alias}: embedded {len(store.label_set):,} label names")
+        if label_texts:
+            templates = config.label_template
+            for writer, item in zip(filling.writers, loaded, strict=True):
+                if update_label_text(store, writer, item.backbone, names, templates):
+                    report(f"{item.alias}: embedded {len(store.label_set):,} label names")
     seconds = time.perf_counter() - started
     outcome = filling.outcome(lanes, seconds, load_seconds, embed_seconds)
     reporting.say_outcome(outcome, report)
     if config.strict:
-        _refuse_failures(store, aliases)
+        _refuse_failures(store, outcome.aliases)
     return outcome
-
-
-def open_if_there(path: str) -> EmbeddingStore | None:
-    """The store at ``path``; None when a new one can be made there.
-
-    Raises:
-        NotAStoreError: something else is there.
-    """
-    try:
-        return EmbeddingStore.open(path)
-    except NotAStoreError:
-        files = open_files(path)
-        names = {name for name in files.names("") if not name.startswith(".")}
-        # A store whose making was killed has these and no zarr.json yet.
-        if files.exists() and not (names <= {"features", "samples.parquet"}):
-            raise
-        return None
 
 
 def _contents(samples: Samples, store: EmbeddingStore | None) -> set[str]:
@@ -125,19 +148,14 @@ def _contents(samples: Samples, store: EmbeddingStore | None) -> set[str]:
 
 
 def _load(
-    spec: str,
-    alias: str,
-    store: EmbeddingStore | None,
-    config: ExtractConfig,
-    device: torch.device,
-    contents: set[str],
-    report: Say,
+    config: ExtractConfig, store: EmbeddingStore | None, device: torch.device, some_fields: bool
 ) -> Loaded:
-    """Load one backbone with the settings that its features in the store were made with.
+    """Load the one backbone of ``config`` as it made the features that the store has.
 
     Raises:
-        InputError: it has no such field, or reads nothing that the source has.
+        InputError: it cannot be loaded, or has no such field.
     """
+    (spec,), (alias,) = config.backbones, config.aliases()
     provenance = recorded(store, alias, config)
     settings = choose_settings(config, provenance, device)
     backbone = load_backbone(
@@ -146,100 +164,61 @@ def _load(
         precision=settings.precision,
         max_text_tokens=settings.max_text_tokens,
     )
+    if some_fields and config.fields:
+        here = tuple(name for name in config.fields if name in backbone.fields)
+        config = replace(config, fields=here or config.fields)
     fields = choose_fields(backbone, alias, store, config)
     # Kept for the next run: what waits for an image or a text is not in the store yet.
     backbone.context["fields"] = list(fields)
-    usable = tuple(name for name in fields if backbone.fields[name].tower in contents)
+    batch_size = choose_batch_size(config, provenance, backbone, device)
+    return Loaded(alias=alias, backbone=backbone, batch_size=batch_size, fields=fields)
+
+
+def _check_all_given(fields: Sequence[str], loaded: Sequence[Loaded]) -> None:
+    """Raises InputError where none of several backbones gives one of the fields."""
+    for name in fields:
+        if not any(name in item.fields for item in loaded):
+            known = sorted({known for item in loaded for known in item.backbone.fields})
+            raise InputError(
+                f"none of the backbones has a field {name!r}; choose from {', '.join(known)}"
+            )
+
+
+def _usable(item: Loaded, contents: set[str], report: Say) -> Loaded:
+    """The backbone with those of its fields that can be made from what the samples have.
+
+    Raises:
+        InputError: there are none.
+    """
+    towers = dict.fromkeys(spec.tower for spec in item.specs)
+    lacking = {
+        tower: [content for content in TOWER_CONTENT[tower] if content not in contents]
+        for tower in towers
+    }
+    usable = tuple(spec.name for spec in item.specs if not lacking[spec.tower])
     if not usable:
+        what = sorted({content for missing in lacking.values() for content in missing})
         raise InputError(
-            f"{backbone.context['spec']} gives {', '.join(fields)}, and no sample has "
-            f"{' or '.join(sorted({backbone.fields[name].tower for name in fields}))}"
+            f"{item.backbone.context['spec']} gives {', '.join(item.fields)}, and no sample has "
+            f"{' or '.join(what)}"
         )
-    for tower in dict.fromkeys(backbone.fields[name].tower for name in fields):
-        if tower not in contents:
-            report(f"{alias}: no sample has {_A[tower]}, so its {tower} tower is left out")
-    return Loaded(alias=alias, backbone=backbone, settings=settings, fields=usable)
+    for tower in towers:
+        if lacking[tower]:
+            what = [_A[content] for content in lacking[tower]]
+            report(
+                f"{item.alias}: no sample has {' and '.join(what)}, so its {tower} tower is left "
+                "out"
+            )
+    return replace(item, fields=usable)
 
 
 _A = {"image": "an image", "text": "a text"}
 
 
-def _update_samples(
-    path: str,
-    store: EmbeddingStore | None,
-    loaded: Sequence[Loaded],
-    samples: Samples,
-    config: ExtractConfig,
-    report: Say,
-    progress: Progress,
-) -> EmbeddingStore:
-    """Bring the store's table to the source, making the store when there is none."""
-    workers = config.workers or usable_cores()
-    hashed = partial(progress, "files")
-    if store is None:
-        table = add_keys(samples, None, workers=workers, progress=hashed)
-        store = EmbeddingStore.create(
-            path,
-            table,
-            label_set=samples.label_set,
-            task=samples.task,
-            source=samples.source,
-        )
-        report(f"new store {path}: {len(store):,} samples")
-        return store
-    _check_goes_together(store, samples, config, report)
-    for item in loaded:
-        if recorded(store, item.alias, config):
-            _check_continues(store, item, config)
-    table = add_keys(samples, store.samples, workers=workers, progress=hashed)
-    sync: SyncReport = store.sync(
-        table, label_set=samples.label_set, task=samples.task, source=samples.source
-    )
-    reporting.say_sync(sync, report)
-    _warn_of_moved(store, samples, report)
-    return store
-
-
-def _check_goes_together(
-    store: EmbeddingStore, samples: Samples, config: ExtractConfig, report: Say
-) -> None:
-    """Say what a source changes in the meaning of the store.
-
-    Raises:
-        InputError: it is another source than those of the store, and of another task.
-    """
-    specs = [source["spec"] for source in store.sources]
-    if not store.label_set or not samples.label_set or store.task == samples.task:
-        if samples.source["spec"] not in specs:
-            report(f"{store.path} has samples of {specs[-1]}; these are added to them")
-        return
-    if samples.source["spec"] in specs:
-        report(
-            f"warning: the task was {store.task} with {len(store.label_set)} labels and is now "
-            f"{samples.task} with {len(samples.label_set)}; if that is not meant, read the source "
-            "as before (--label-separator, --task, --label-column)"
-        )
-    elif config.source.task is None:
-        raise InputError(
-            f"{store.path} holds {store.task} samples of {specs[-1]}, and this source is "
-            f"{samples.task}; name another store, or join them on purpose: --task {store.task}"
-        )
-
-
-def _warn_of_moved(store: EmbeddingStore, samples: Samples, report: Say) -> None:
-    """Say when other sources that are not there any more still hold samples of the store."""
-    owners = store.column("_source").to_numpy()[store.live]
-    for index, count in zip(*np.unique(owners, return_counts=True), strict=True):
-        spec = store.sources[index]["spec"]
-        if spec != samples.source["spec"] and os.path.isabs(spec) and not os.path.exists(spec):
-            report(
-                f"warning: {count:,} samples of the store came from {spec}, which is not there any "
-                "more, and are still used; if it was moved here, they are what it has lost since"
-            )
-
-
 def _check_continues(store: EmbeddingStore, item: Loaded, config: ExtractConfig) -> None:
     """Raises InputError when what is asked does not continue what the store has."""
+    if recorded(store, item.alias, config) is None:
+        return
     towers = store.record(item.alias).towers
     there = [spec for spec in item.specs if spec.tower in towers]
     there = there or list(store.record(item.alias).fields.values())
@@ -253,7 +232,7 @@ def _refuse_failures(store: EmbeddingStore, aliases: Sequence[str]) -> None:
     rows = set()
     for alias in aliases:
         for error in store.errors(alias).to_pylist():
-            if error["reason"] != NO_IMAGE:
+            if error["reason"] not in ABSENT:
                 rows.add(error["row"])
     if rows:
         raise MmcError(

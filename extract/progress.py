@@ -32,15 +32,17 @@ class _Rate(ProgressColumn):
 class Progress:
     """A context manager that is called with (stage, done, total) and draws it.
 
-    Off a terminal a stage that ends within ten seconds prints nothing.
+    Off a terminal a stage that ends within ten seconds prints nothing, and one that waits for
+    another (texts come after images) or is through prints nothing more.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
         self._bars: Bars | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._started: dict[str, float] = {}
-        self._printed: dict[str, float] = {}
+        self._started: dict[str, tuple[float, int]] = {}
+        """When each stage was seen last before it moved, and how far it was."""
+        self._printed: dict[str, tuple[float, int]] = {}
 
     def __enter__(self) -> "Progress":
         if self._stream.isatty():
@@ -72,10 +74,14 @@ class Progress:
             self._bars.update(self._tasks[stage], completed=done, total=total)
             return
         now = time.monotonic()
-        start = self._started.setdefault(stage, now)
-        if now - self._printed.setdefault(stage, now) < SECONDS_BETWEEN_LINES:
+        start, before = self._started.setdefault(stage, (now, done))
+        if done == before:
+            self._started[stage] = self._printed[stage] = now, done
             return
-        self._printed[stage] = now
-        rate = done / (now - start)
+        printed, shown = self._printed[stage]
+        if now - printed < SECONDS_BETWEEN_LINES or done == shown:
+            return
+        self._printed[stage] = now, done
+        rate = (done - before) / (now - start)
         left = f", {(total - done) / rate:,.0f} s left" if rate else ""
         print(f"{stage}: {done:,}/{total:,}, {rate:,.1f}/s{left}", file=self._stream, flush=True)

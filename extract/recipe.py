@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from mmc.extract.label_text import spec_of
 from mmc.extract.options import ExtractConfig
-from mmc.extract.pipeline import Progress, Say, extract, open_if_there
-from mmc.extract.sources import SourceOptions, read_source
+from mmc.extract.pipeline import Progress, Say, extract_each
+from mmc.extract.sources import Samples, SourceOptions, read_source
+from mmc.extract.sources.read import check_source
+from mmc.extract.syncing import open_if_there
 from mmc.store import EmbeddingStore
 from mmc.store.config import build
 from mmc.store.errors import InputError
@@ -25,6 +29,10 @@ INHERITED = (
     "label_separator",
     "encoding",
     "text_template",
+    "merge_labels",
+    "missing_labels",
+    "label_level",
+    "ties",
     "allow_absolute_paths",
 )
 
@@ -50,7 +58,10 @@ def source_options(
         inherited["image_root"] = before["image_root"]
     if all(field.startswith("text") for recipe in recipes for field in recipe["fields"]):
         inherited["need_images"] = False
-    return build(SourceOptions, {**inherited, **given}, where="the source")
+    if inherited.get("ties") == "drop":
+        del inherited["ties"]  # predictions are for every sample, the tied and the equal ones too
+    inherited["need_merged_labels"] = "merge_labels" not in inherited
+    return build(SourceOptions, {**inherited, **given, "dedupe": False}, where="the source")
 
 
 def embed_like(
@@ -74,19 +85,21 @@ def embed_like(
     Raises:
         InputError: the source cannot be read, or a backbone is not where it was.
     """
-    samples = read_source(source, options)
-    ids = samples.table["id"].combine_chunks().cast(pa.string())
-    _check_own(store_path, samples.source["spec"], ids)
-    said: set[str] = set()
+    check_source(source)
+    each = [_config(recipe, options, device) for recipe in recipes]
+    read: list[Samples] = []
 
-    def once(line: str) -> None:
-        """Several extractions read the same source: its news are told once."""
-        if line not in said:
-            said.add(line)
-            report(line)
+    def own() -> Samples:
+        """The source, when it may be brought into the store."""
+        samples = replace(read_source(source, options), advice=[])
+        _check_own(store_path, samples.source["spec"], _ids(samples))
+        read.append(samples)
+        return samples
 
-    for config in _configs(recipes, options, device):
-        extract(source, store_path, config, report=once, progress=progress)
+    # The heads of a run hold the label texts that they read: none are made here.
+    extract_each(
+        own, store_path, each[0], each, label_texts=False, report=report, progress=progress
+    )
     store = EmbeddingStore.open(store_path)
     for recipe in recipes:
         for field in recipe["fields"]:
@@ -95,7 +108,11 @@ def embed_like(
                     f"{source}: the run reads {recipe['alias']}/{field}, and no sample has what it "
                     "is made from; name the column, or the folder of images (--image-root)"
                 )
-    return store, _rows(store, ids).to_numpy().astype(np.int64)
+    return store, _rows(store, _ids(read[0])).to_numpy().astype(np.int64)
+
+
+def _ids(samples: Samples) -> pa.Array:
+    return samples.table["id"].combine_chunks().cast(pa.string())
 
 
 def _rows(store: EmbeddingStore, ids: pa.Array) -> pa.Array:
@@ -122,38 +139,16 @@ def _check_own(path: str, spec: str, ids: pa.Array) -> None:
         )
 
 
-def _configs(
-    recipes: Sequence[Mapping[str, Any]], options: SourceOptions, device: str
-) -> list[ExtractConfig]:
-    """As few extractions as the recipes allow: each picture is decoded once in each."""
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for recipe in recipes:
-        identity = recipe["identity"]
-        if "spec" not in recipe["context"]:
-            raise InputError(
-                f"the run does not say which backbone made {recipe['alias']!r}; "
-                "extract the data yourself and give the store"
-            )
-        key = (
-            tuple(recipe["fields"]),
-            identity["batch_size"]["image"],
-            identity["precision"],
-            identity.get("max_text_tokens"),
-        )
-        groups.setdefault(key, []).append(recipe)
-    return [
-        ExtractConfig(
-            backbones=tuple(
-                recipe["context"].get("resolved_spec", recipe["context"]["spec"])
-                for recipe in group
-            ),
-            names=tuple(recipe["alias"] for recipe in group),
-            fields=fields,
-            batch_size=batch_size,
-            precision=precision,
-            max_text_tokens=max_text_tokens,
-            device=device,
-            source=options,
-        )
-        for (fields, batch_size, precision, max_text_tokens), group in groups.items()
-    ]
+def _config(recipe: Mapping[str, Any], options: SourceOptions, device: str) -> ExtractConfig:
+    """What makes the features of one backbone again."""
+    identity = recipe["identity"]
+    return ExtractConfig(
+        backbones=(spec_of(recipe),),
+        names=(recipe["alias"],),
+        fields=tuple(recipe["fields"]),
+        batch_size=identity["batch_size"]["image"],
+        precision=identity["precision"],
+        max_text_tokens=identity.get("max_text_tokens"),
+        device=device,
+        source=options,
+    )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pyarrow as pa
 
-from mmc.extract.lanes import NO_IMAGE, Lane
+from mmc.extract.lanes import ABSENT, Lane
 from mmc.extract.options import ExtractReport, Failure
 from mmc.store import EmbeddingStore
 from mmc.store.sync import SyncReport
@@ -29,12 +29,16 @@ def say_sync(sync: SyncReport, report: Say) -> None:
 
 
 def failures(store: EmbeddingStore, lanes: Sequence[Lane]) -> list[Failure]:
-    """Rows of this run that could not be embedded, by row; those without an image left out."""
+    """Rows of this run that could not be embedded, by row; those that lack an image or a text left
+    out."""
+    now = {lane.label: set(_failed_now(lane)) for lane in lanes}
     found = sorted(
         (row, lane.label, lane.failed[row])
         for lane in lanes
-        for row in _failed_now(lane)
-        if lane.failed[row] != NO_IMAGE
+        for row in now[lane.label]
+        # A picture that is bad for the image tower is as bad for the fused one: told once.
+        if lane.failed[row] not in ABSENT
+        and not (lane.tower == "fused" and row in now.get(f"{lane.alias}/image", ()))
     )
     ids = store.column("id").take(pa.array([row for row, _, _ in found], pa.int64()))
     return [
@@ -43,9 +47,9 @@ def failures(store: EmbeddingStore, lanes: Sequence[Lane]) -> list[Failure]:
     ]
 
 
-def count_without_image(lanes: Sequence[Lane]) -> int:
-    """Samples of this run that name no image."""
-    return len({row for lane in lanes for row in _failed_now(lane) if lane.failed[row] == NO_IMAGE})
+def count_absent(lanes: Sequence[Lane], reason: str) -> int:
+    """Samples of this run that lack an image, or a text (``reason`` is one of ``ABSENT``)."""
+    return len({row for lane in lanes for row in _failed_now(lane) if lane.failed[row] == reason})
 
 
 def count_embedded(lanes: Sequence[Lane]) -> int:
@@ -67,16 +71,22 @@ def bottleneck(stages: dict[str, float], threads: dict[str, int]) -> str:
     return stage if busy[stage] > 0 else ""
 
 
+def _share(outcome: ExtractReport) -> str:
+    """How near the run came to the bare forward rate, as far as that can be told."""
+    if outcome.efficiency is None or outcome.ceiling is None:
+        return "bare forward rate not measured: the run was short"
+    if outcome.efficiency > 1:  # what else ran on the machine in either measurement
+        return f"as fast as bare forward passes ({outcome.ceiling:,.1f}/s measured after it)"
+    return f"{outcome.efficiency:.0%} of the bare forward rate ({outcome.ceiling:,.1f}/s)"
+
+
 def say_outcome(outcome: ExtractReport, report: Say) -> None:
     """Rate, efficiency, stages and failures, a few lines."""
-    if not outcome.embedded and not outcome.failed and not outcome.without_image:
+    absent = outcome.without_image or outcome.without_text
+    if not outcome.embedded and not outcome.failed and not absent:
         report(f"nothing to do: {outcome.samples:,} samples are already embedded")
         return
-    share = (
-        f"{outcome.efficiency:.0%} of the bare forward rate ({outcome.ceiling:,.1f}/s)"
-        if outcome.efficiency is not None
-        else "bare forward rate not measured: the run was short"
-    )
+    share = _share(outcome)
     report(
         f"embedded {outcome.embedded:,} samples in {outcome.embed_seconds:,.1f} s: "
         f"{outcome.rate:,.1f} samples/s, {share}"
@@ -88,6 +98,8 @@ def say_outcome(outcome: ExtractReport, report: Say) -> None:
     )
     if outcome.without_image:
         report(f"samples without an image: {outcome.without_image:,}")
+    if outcome.without_text:
+        report(f"samples without a text, which have no fused features: {outcome.without_text:,}")
     if outcome.failed:
         report(f"warning: {outcome.failed:,} of {outcome.samples:,} samples could not be embedded:")
         for failure in outcome.failures:

@@ -10,7 +10,6 @@ from mmc.extract.options import ExtractConfig
 from mmc.store import EmbeddingStore, Provenance
 from mmc.store.errors import InputError
 
-TOWERS = ("image", "text")
 TEXTS_PER_IMAGE = 2
 """Texts in a batch for each image. On a CPU 32 short texts are within 4 % of the best rate; larger
 batches waste more places in the last one of each length."""
@@ -20,16 +19,10 @@ _BATCH_SIZES = {"cpu": 16, "mps": 64, "cuda": 256}
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What decides the numbers of one backbone beside the backbone itself."""
+    """How a backbone is loaded."""
 
-    batch_size: int
     precision: str
     max_text_tokens: int | None
-
-    @property
-    def batch_sizes(self) -> dict[str, int]:
-        """Samples in a batch of each tower."""
-        return {"image": self.batch_size, "text": TEXTS_PER_IMAGE * self.batch_size}
 
 
 def choose_settings(
@@ -43,12 +36,30 @@ def choose_settings(
         device: where the backbone runs.
     """
     identity = provenance.identity if provenance else {}
-    batch_size = identity.get("batch_size", {}).get("image", _BATCH_SIZES.get(device.type, 64))
     return Settings(
-        batch_size=config.batch_size or batch_size,
         precision=config.precision or identity.get("precision") or default_precision(str(device)),
         max_text_tokens=config.max_text_tokens or identity.get("max_text_tokens"),
     )
+
+
+def choose_batch_size(
+    config: ExtractConfig,
+    provenance: Provenance | None,
+    backbone: Backbone,
+    device: torch.device,
+) -> int:
+    """Images in a batch: as `choose_settings`, and the backbone's own default before the device's.
+
+    Raises:
+        InputError: the backbone's own is not a positive number.
+    """
+    identity = provenance.identity if provenance else {}
+    own = getattr(backbone, "batch_size", None)
+    if own is not None and (not isinstance(own, int) or own < 1):
+        raise InputError(f"{backbone.context['spec']}: batch_size must be 1 or more, got {own!r}")
+    default = own or _BATCH_SIZES.get(device.type, 64)
+    size: int = config.batch_size or identity.get("batch_size", {}).get("image", default)
+    return size
 
 
 def recorded(store: EmbeddingStore | None, alias: str, config: ExtractConfig) -> Provenance | None:
@@ -82,11 +93,6 @@ def choose_fields(
             raise InputError(
                 f"{backbone.context['spec']} has no field {name!r}; "
                 f"choose from {', '.join(backbone.fields)}"
-            )
-        if backbone.fields[name].tower not in TOWERS:
-            raise InputError(
-                f"{backbone.context['spec']}: field {name!r} needs image and text at once; "
-                "`mmc extract` runs image and text towers"
             )
     towers = {backbone.fields[name].tower for name in asked}
     kept = [name for name in there if backbone.fields[name].tower in towers]

@@ -4,12 +4,19 @@ Three libraries resize and crop by three slightly different rules. ``ImageTransf
 rule, so that one decoder serves them all, and its fields go into the fingerprint of the features.
 No torch here: the numbers are applied in :mod:`mmc.extract.images` and in the backbones.
 
+A backbone takes one picture (``ImageTransform``), the tiles of several sizes of it (``Pyramid``),
+or the file's own pixels (``OriginalSize``). What they share: ``shape`` of the pixels of one
+picture, ``geometry`` (what decoding depends on) and ``as_dict()`` for the fingerprint.
+
 Sizes are (height, width) in pixels.
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mmc.store.errors import InputError
 
@@ -20,6 +27,9 @@ Interpolation = Literal["bilinear", "bicubic"]
 
 DECODING = 1
 """Version of how bytes become upright RGB in :mod:`mmc.extract.images`; part of the fingerprint."""
+
+MOST_LEVELS = 6
+"""Of a pyramid; more are 5,461 tiles and more for each picture."""
 
 _CHOICES = {
     "resize": Resize,
@@ -75,6 +85,16 @@ class ImageTransform:
             if value not in allowed:
                 raise InputError(f"image {name} {value!r}: choose from {', '.join(allowed)}")
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the pixels of one picture: (3, H, W)."""
+        return (3, *self.size)
+
+    @property
+    def geometry(self) -> "ImageTransform":
+        """The same without normalisation: backbones that differ in no more share their pixels."""
+        return replace(self, scale=1.0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form, for the fingerprint of the features."""
         fields = dataclasses.asdict(self)
@@ -108,3 +128,81 @@ class ImageTransform:
             return -((side - resized) // 2)
         half = (resized - side) / 2
         return round(half) if self.crop == "round" else int(half)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pyramid:
+    """A picture at sizes that double from level to level, each cut into tiles of the model's size.
+
+    Level i is the base transform at 2^i times its size, cut into 2^i x 2^i tiles. Tiles are in
+    order of level, then row, then column. Pyramid-Forwarding of Xu et al. 2022 (arXiv:2208.09562):
+    a model sees a large picture in detail without being trained for it.
+    """
+
+    base: ImageTransform
+    """Level 0: the picture as the model itself takes it."""
+    levels: int
+    """At least 1, which is the base alone."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.levels <= MOST_LEVELS:
+            raise InputError(f"a pyramid has 1 to {MOST_LEVELS} levels, got {self.levels}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the pixels of one picture: (K, 3, H, W) with K = 1 + 4 + 16 + … tiles."""
+        return (sum(4**level for level in range(self.levels)), *self.base.shape)
+
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """(K, 3): level, row and column of each tile."""
+        return np.array(
+            [
+                (level, row, column)
+                for level in range(self.levels)
+                for row in range(2**level)
+                for column in range(2**level)
+            ]
+        )
+
+    def level(self, number: int) -> ImageTransform:
+        """What the whole of a level is resized by, before it is cut."""
+        height, width = self.base.size
+        to = self.base.resize_to
+        return replace(
+            self.base,
+            size=(height << number, width << number),
+            resize_to=to and (to[0] << number, to[1] << number),
+        )
+
+    @property
+    def geometry(self) -> "Pyramid":
+        """The same without normalisation."""
+        return replace(self, base=self.base.geometry)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able form, for the fingerprint of the features."""
+        return {**self.base.as_dict(), "pyramid": self.levels}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OriginalSize:
+    """The upright RGB picture in its own size: the backbone itself resizes, as detectors do."""
+
+    @property
+    def shape(self) -> None:
+        """Each picture has its own."""
+        return None
+
+    @property
+    def geometry(self) -> "OriginalSize":
+        """The same."""
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able form, for the fingerprint of the features."""
+        return {"size": "original", "decoding": DECODING}
+
+
+Transform = ImageTransform | Pyramid | OriginalSize
+"""What a backbone may ask for."""

@@ -1,10 +1,13 @@
-"""Resident batches: what a head reads lies in the device's memory, and a batch is an index.
+"""Loading what a head reads, and batches out of memory: a batch is an index.
 
 Legend: n rows used, B samples in a batch, C labels.
 """
 
+import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,44 +22,73 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 64 << 20
 """Read at a time, of all fields together."""
 MIN_BLOCK_ROWS = 256
+BLOCK_ROWS = 8192
+"""Prepared rows that are scored at a time."""
+
+Rows = npt.NDArray[np.int64]
 
 # What a derived seed is for.
 _ORDER, _DROPOUT = 1, 2
 
 
-def raw_blocks(
-    store: "EmbeddingStore",
-    features: Mapping[str, str],
-    rows: npt.NDArray[np.int64],
-    device: torch.device,
-) -> Iterator[tuple[int, Batch]]:
-    """The fields of ascending ``rows``, float32 on ``device``, as (place in ``rows``, batch).
+class Reader:
+    """Reads runs of rows of several features, float32 on ``device``."""
 
-    Reads whole runs of rows, which compares their checksums, and holds one run at a time.
-    """
-    stored = {role: store[name] for role, name in features.items()}
-    row_bytes = sum(int(np.prod(f.shape[1:])) * f.dtype.itemsize for f in stored.values())
-    step = max(MIN_BLOCK_ROWS, BLOCK_BYTES // max(row_bytes, 1))
-    for start in range(0, len(store), step):
-        first, last = np.searchsorted(rows, (start, start + step))
-        if first == last:
-            continue
-        low, high = int(rows[first]), int(rows[last - 1]) + 1
-        wanted = torch.from_numpy(rows[first:last] - low)
+    def __init__(
+        self,
+        store: "EmbeddingStore",
+        features: Mapping[str, str],
+        rows: Rows,
+        device: torch.device,
+        *,
+        block_bytes: int | None = None,
+    ) -> None:
+        self.rows, self.device = rows, device
+        self._stored = {role: store[name] for role, name in features.items()}
+        size = stored_bytes(store, features)
+        step = max(MIN_BLOCK_ROWS, (block_bytes or BLOCK_BYTES) // max(size, 1))
+        cuts = np.searchsorted(rows, np.arange(0, len(store) + step, step))
+        self.blocks = [
+            (int(first), int(last)) for first, last in itertools.pairwise(cuts) if first < last
+        ]
+        """(first, last) places in ``rows`` of each block, ascending, none empty."""
+
+    def read(self, block: tuple[int, int]) -> Batch:
+        """The fields of the rows of one block, whole runs, so that checksums are compared."""
+        first, last = block
+        low, high = int(self.rows[first]), int(self.rows[last - 1]) + 1
+        wanted = torch.from_numpy(self.rows[first:last] - low)
         batch = {}
-        for role, feature in stored.items():
+        for role, feature in self._stored.items():
             values = torch.from_numpy(feature.take(slice(low, high), missing="fill"))
             if len(wanted) < len(values):
                 values = values[wanted]
-            values = values.to(device)
+            if self.device.type == "cuda":
+                values = values.pin_memory()
+            values = values.to(self.device, non_blocking=True)
             batch[role] = values.float() if values.is_floating_point() else values
-        yield int(first), batch
+        return batch
+
+
+def stored_bytes(store: "EmbeddingStore", features: Mapping[str, str]) -> int:
+    """Bytes of one row of all the features."""
+    stored = [store[name] for name in features.values()]
+    return sum(math.prod(feature.shape[1:]) * feature.dtype.itemsize for feature in stored)
+
+
+def raw_blocks(
+    store: "EmbeddingStore", features: Mapping[str, str], rows: Rows, device: torch.device
+) -> Iterator[tuple[int, Batch]]:
+    """The fields of ascending ``rows``, as (place in ``rows``, batch); one block is held."""
+    reader = Reader(store, features, rows, device)
+    for block in reader.blocks:
+        yield block[0], reader.read(block)
 
 
 def load_prepared(
     store: "EmbeddingStore",
     features: Mapping[str, str],
-    rows: npt.NDArray[np.int64],
+    rows: Rows,
     head: Head,
     device: torch.device,
     dtype: torch.dtype,
@@ -77,11 +109,86 @@ def load_prepared(
     return resident
 
 
-class ResidentBatches:
-    """Shuffled batches out of resident tensors; every row once per epoch.
+class Batches(Protocol):
+    """Where a stage's batches come from."""
 
-    The tensors of a batch are buffers that the next batch overwrites.
+    def epoch(self, stage: int, epoch: int) -> Iterator[tuple[Batch, Tensor]]:
+        """Batches and targets (float (B, C) for multilabel, else int64 (B,)), every row once.
+
+        The order follows from the seed, the stage and the epoch. The tensors of a batch are
+        buffers that the next batch overwrites.
+        """
+
+
+class Data(Protocol):
+    """Rows to train or validate on."""
+
+    @property
+    def targets(self) -> Tensor:
+        """int8 (n, C) for multilabel, else int64 (n,), on the device."""
+
+    def __len__(self) -> int:
+        """n."""
+
+    def batches(self, batch_size: int, *, seed: int, reads: Sequence[str] | None) -> Batches:
+        """Shuffled batches of the keys in ``reads`` (None: all) of what the head prepared."""
+
+    def blocks(self) -> Iterator[Batch]:
+        """What the head prepared, in the order of the rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidentData:
+    """`Data` that lies in the device's memory."""
+
+    inputs: Batch
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def batches(
+        self, batch_size: int, *, seed: int, reads: Sequence[str] | None = None
+    ) -> "ResidentBatches":
+        """See :class:`Data`."""
+        return ResidentBatches(self.inputs, self.targets, batch_size, seed=seed, reads=reads)
+
+    def blocks(self) -> Iterator[Batch]:
+        """See :class:`Data`."""
+        for start in range(0, len(self), BLOCK_ROWS):
+            yield {key: values[start : start + BLOCK_ROWS] for key, values in self.inputs.items()}
+
+
+class Gather:
+    """The buffers of a batch.
+
+    Gathering into a buffer takes a third of the time of `tensor[index]` on a CPU: fresh pages cost
+    more than the copy.
     """
+
+    def __init__(self, inputs: Batch, targets: Tensor, batch_size: int) -> None:
+        self._inputs = {
+            key: values.new_empty((batch_size, *values.shape[1:])) for key, values in inputs.items()
+        }
+        self._targets = targets.new_empty((batch_size, *targets.shape[1:]))
+        self._floats = self._targets.float() if targets.ndim == 2 else None
+
+    def fill(self, place: int, inputs: Batch, targets: Tensor, index: Tensor) -> None:
+        """Copy the rows ``index`` to the places from ``place`` on."""
+        end = place + len(index)
+        for key, buffer in self._inputs.items():
+            torch.index_select(inputs[key], 0, index, out=buffer[place:end])
+        torch.index_select(targets, 0, index, out=self._targets[place:end])
+
+    def batch(self, size: int) -> tuple[Batch, Tensor]:
+        """The first ``size`` places."""
+        batch = {key: buffer[:size] for key, buffer in self._inputs.items()}
+        targets = self._targets[:size]
+        return batch, targets if self._floats is None else self._floats[:size].copy_(targets)
+
+
+class ResidentBatches:
+    """Shuffled batches out of resident tensors; see :class:`Batches`."""
 
     def __init__(
         self,
@@ -96,39 +203,25 @@ class ResidentBatches:
         self.targets = targets
         self.batch_size = min(batch_size, len(targets))
         self.seed = seed
-        self.device = targets.device
-        # Gathering into a buffer takes a third of the time of `tensor[index]` on a CPU: fresh
-        # pages cost more than the copy.
-        self._buffers = {
-            key: values.new_empty((self.batch_size, *values.shape[1:]))
-            for key, values in self.inputs.items()
-        }
-        self._targets = targets.new_empty((self.batch_size, *targets.shape[1:]))
-        multilabel = targets.ndim == 2
-        self._float_targets = self._targets.float() if multilabel else None
+        self._gather = Gather(self.inputs, targets, self.batch_size)
 
     def __len__(self) -> int:
         """Batches per epoch; the last may be short."""
         return -(-len(self.targets) // self.batch_size)
 
     def epoch(self, stage: int, epoch: int) -> Iterator[tuple[Batch, Tensor]]:
-        """Batches and targets (float (B, C) for multilabel, else int64 (B,)) in seeded order."""
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, _ORDER, stage, epoch))
-        order = torch.randperm(len(self.targets), generator=generator).to(self.device)
+        """See :class:`Batches`."""
+        generator = order_generator(self.seed, stage, epoch)
+        order = torch.randperm(len(self.targets), generator=generator).to(self.targets.device)
         for start in range(0, len(order), self.batch_size):
-            yield self._gather(order[start : start + self.batch_size])
+            index = order[start : start + self.batch_size]
+            self._gather.fill(0, self.inputs, self.targets, index)
+            yield self._gather.batch(len(index))
 
-    def _gather(self, index: Tensor) -> tuple[Batch, Tensor]:
-        size = len(index)
-        batch = {}
-        for key, values in self.inputs.items():
-            batch[key] = self._buffers[key][:size]
-            torch.index_select(values, 0, index, out=batch[key])
-        targets = self._targets[:size]
-        torch.index_select(self.targets, 0, index, out=targets)
-        if self._float_targets is None:
-            return batch, targets
-        return batch, self._float_targets[:size].copy_(targets)
+
+def order_generator(seed: int, stage: int, epoch: int) -> torch.Generator:
+    """What draws the order of an epoch."""
+    return torch.Generator().manual_seed(derive_seed(seed, _ORDER, stage, epoch))
 
 
 def derive_seed(seed: int, *place: int) -> int:

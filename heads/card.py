@@ -6,6 +6,10 @@ import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from mmc.heads.leakage import described
+from mmc.heads.models import GROUP, HEADS
+from mmc.store.registry import load, lookup
+
 if TYPE_CHECKING:
     from mmc.heads.artifact import Run
 
@@ -15,6 +19,7 @@ _METRICS = {
     "multilabel": (
         ("mAP", "mAP"),
         ("random_mAP", "mAP of a random ranking"),
+        ("labels_evaluated", "labels that occur"),
         ("micro_f1", "micro-F1"),
         ("macro_f1", "macro-F1"),
         ("samples_f1", "samples-F1"),
@@ -27,6 +32,9 @@ _METRICS = {
         ("ece_above_0.1", "ECE of probabilities above 0.1"),
     ),
     "binary": (
+        ("positive_label", "positive class"),
+        ("positives", "samples of it"),
+        ("threshold", "its threshold"),
         ("auroc", "AUROC"),
         ("auroc_interval", "AUROC, 95 % interval"),
         ("ap", "average precision"),
@@ -48,6 +56,10 @@ _METRICS = {
         ("ece", "calibration error (ECE)"),
     ),
 }
+
+
+_WAYS = {"default": "0.5", "global": "one for all", "per_label": "one per label"}
+"""How thresholds can be made, in the order of `Thresholds.held_out`."""
 
 
 def summary_rows(task: str, by_split: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
@@ -101,11 +113,18 @@ def _head(run: "Run") -> str:
         f"`{ref.feature}`" if role == ref.field else f"`{ref.feature}` as {role}"
         for role, ref in run.features.items()
     )
+    how = f"loss `{run.loss}`, " if run.history else ""
     return (
         f"# {name}\n\n"
         f"A `{run.head}` head for a {run.task} task with {len(run.label_set)} labels, on frozen "
-        f"features: {inputs}. {run.parameters:,} numbers, loss `{run.loss}`, seed {run.seed}."
+        f"features: {inputs}. {run.parameters:,} numbers, {how}seed {run.seed}.{_about(run)}"
     )
+
+
+def _about(run: "Run") -> str:
+    """What the head says of itself."""
+    head: Any = load(lookup(HEADS, run.head, kind="head", group=GROUP))
+    return f" {head.card}" if head.card else ""
 
 
 def _quality(run: "Run") -> str:
@@ -207,11 +226,15 @@ def _decisions(run: "Run") -> str:
         given = f"`{run.label_set[1]}` is given when its probability"
     text = f"## Decisions\n\n{given} reaches {what}."
     if thresholds.objective:
-        values = ", ".join(f"{mode} {value:.4f}" for mode, value in thresholds.held_out.items())
-        text += (
-            f" Chosen on `val` for {thresholds.objective}-F1, by its value on rows that the "
-            f"thresholds were not fitted on: {values}."
+        values = ", ".join(
+            f"{_WAYS[mode]} {value:.4f}" for mode, value in thresholds.held_out.items()
         )
+        text += (
+            f" Chosen on `val` by the {thresholds.objective}-F1 on rows that the thresholds were "
+            f"not fitted on: {values}."
+        )
+        if len(set(thresholds.held_out.values())) == 1:
+            text += " They do not differ: `val` has no reason to move from 0.5, or is too small."
     return text
 
 
@@ -228,6 +251,12 @@ def _limits(run: "Run") -> str:
         lines.append(
             f"- The figures rest on {split['samples']} samples; differences of a few points are "
             "within chance."
+        )
+    seen = described(split.get("also_in_train", {}))
+    if seen:
+        lines.append(
+            f"- Of the {split['samples']} samples {seen}: on new samples it may do worse than the "
+            "figures say."
         )
     ece = split.get("ece_above_0.1", split.get("ece"))
     if ece is not None and ece > 0.05:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from mmc.heads.artifact import CARD, CHECKPOINTS, HISTORY, RECORD, WEIGHTS, write_atomic
+from mmc.heads.runfiles import CARD, CHECKPOINTS, HISTORY, RECORD, WEIGHTS, write_atomic
 from mmc.store.errors import InputError
 
 FILE = "last.safetensors"

@@ -28,6 +28,7 @@ ENOUGH_ROWS = 50
 # Standard deviations above what shuffled predictions reach.
 BETTER, INFORMATIVE = 2.0, 6.0
 SHARE_SATURATED = 0.5
+NO_SCORES = "the file holds none (--scores adds them)"
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def check_file(
         tally.probabilities_in_range(),
         tally.no_null_probabilities(),
         tally.rows_match(),
-        tally.distribution(reference),
+        tally.distribution(reference, top_k),
         tally.better_than_random(),
         *tally.scores_vary(),
     ]
@@ -224,7 +225,10 @@ class _Tally:
             return Check(name, False, f"{self.nulls} of {self.rows} samples are empty{lost}")
         none = ""
         if self.unlabelled:
-            none = f"; {self.unlabelled} have no label above its threshold (--at-least-one)"
+            none = (
+                f"; {self.unlabelled} have no label above its threshold (--at-least-one gives "
+                "them their best)"
+            )
         return Check(name, True, f"{self.rows - failed} samples{none}{lost}", warning=failed > 0)
 
     def valid_labels(self, top_k: int | None) -> Check:
@@ -238,7 +242,7 @@ class _Tally:
     def probabilities_in_range(self) -> Check:
         name = "probabilities in [0, 1]"
         if not self.score_cells:
-            return Check(name, True, "this form holds none")
+            return Check(name, True, NO_SCORES)
         if self.low < 0 or self.high > 1:
             return Check(name, False, f"{self.low:.4g} to {self.high:.4g}: logits, not chances?")
         if self.sum_error > 1e-4:
@@ -248,7 +252,7 @@ class _Tally:
     def no_null_probabilities(self) -> Check:
         name = "no null probabilities"
         if not self.score_cells:
-            return Check(name, True, "this form holds none")
+            return Check(name, True, NO_SCORES)
         detail = f"{self.score_nulls} of {self.score_cells} are empty or not a number"
         return Check(name, not self.score_nulls, detail if self.score_nulls else "none")
 
@@ -264,7 +268,7 @@ class _Tally:
             return Check(name, False, f"sample {row + 1} is {got!r}, should be {wanted!r}")
         return Check(name, True, f"{self.rows} samples, ids in order")
 
-    def distribution(self, reference: Mapping[str, Any] | None) -> Check:
+    def distribution(self, reference: Mapping[str, Any] | None, top_k: int | None) -> Check:
         name = "class distribution reasonable"
         n = self.rows - int(self.failed.sum())
         if not n:
@@ -277,6 +281,8 @@ class _Tally:
             detail = f"{share:.0%} are {self.layout.label_set[top]!r}, the most frequent"
         if self.same and n > 1:
             return self._constant(name, n, reference)
+        if top_k is not None:
+            return Check(name, True, f"{detail}, as asked")
         if reference is None or self.layout.single:
             return Check(name, True, detail)
         wanted = reference.get("cardinality_predicted") or 0.0
@@ -298,7 +304,7 @@ class _Tally:
         name = "better than random"
         chance = self.chance
         if not chance.rows:
-            return Check(name, True, "the truth is not known")
+            return Check(name, True, "not compared: these samples have no labels")
         expected, reached, best = chance.deviations()
         detail = (
             f"{chance.hits:.0f} of {chance.true.sum():.0f} labels found, {expected:.1f} by chance, "

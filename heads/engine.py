@@ -5,7 +5,7 @@ Legend: B samples in a batch, n validation rows, C labels.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmc.heads import metrics
-from mmc.heads.batches import ResidentBatches, dropout_seed
+from mmc.heads.batches import Batches, Data, dropout_seed
 from mmc.heads.checkpoints import Checkpoints, pack_optimizer, unpack_optimizer
 from mmc.heads.losses.base import Loss
 from mmc.heads.models.base import Batch, Head, Stage
@@ -24,8 +24,6 @@ ROUND_STEPS = 50
 """Least steps between validations: a set of 48 rows is not validated after every second step."""
 DEFAULT_EPOCHS, DEFAULT_STEPS = 30, 3000
 """Default length of a stage: so many epochs, and more until there are so many steps."""
-VALIDATION_ROWS = 8192
-"""Validated at a time."""
 TIE = 1e-6
 
 State = dict[str, Tensor]
@@ -36,6 +34,8 @@ OnRound = Callable[[dict[str, Any]], None]
 class Position:
     """How far a training is; JSON-able, kept in the checkpoint."""
 
+    window_rows: int = 0
+    """Rows of a window where training data is streamed; the order depends on it."""
     stage: int = 0
     epoch: int = 0
     """Epochs of the stage that are done."""
@@ -46,6 +46,8 @@ class Position:
     train_seconds: float = 0.0
     train_rows: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What stages kept and what they dropped: lines to say aloud."""
 
     def improves(self, metric: float, loss: float) -> bool:
         """Whether this validation is the best of the stage; an undefined metric is a tie."""
@@ -60,17 +62,8 @@ class Position:
         self.best_metric, self.best_loss = -math.inf, math.inf
 
 
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """Prepared inputs and targets, resident on the device."""
-
-    inputs: Batch
-    targets: Tensor
-    """int8 (n, C) for multilabel, else int64 (n,)."""
-
-
 class Engine:
-    """Trains the stages of one head on resident data.
+    """Trains the stages of one head.
 
     The head ends with the best parameters of the last stage. Stopped at any point and run again
     on the same data from its checkpoint, it ends with the same bits.
@@ -90,6 +83,7 @@ class Engine:
         optim: OptimConfig,
         seed: int,
         dtype: torch.dtype,
+        window_rows: int = 0,
         checkpoints: Checkpoints | None = None,
         on_round: OnRound | None = None,
     ) -> None:
@@ -98,12 +92,12 @@ class Engine:
         self.batch_size, self.lr, self.optim, self.seed = batch_size, lr, optim, seed
         self.dtype = dtype
         self.device = train.targets.device
-        self.steps = -(-len(train.targets) // min(batch_size, len(train.targets)))
+        self.steps = -(-len(train) // min(batch_size, len(train)))
         self.epochs = epochs or max(DEFAULT_EPOCHS, -(-DEFAULT_STEPS // self.steps))
         self.epochs_per_round = -(-ROUND_STEPS // self.steps)
         self.metric = optim.metric or metrics.HEADLINE[task]
         self.checkpoints, self.on_round = checkpoints, on_round
-        self.position = Position()
+        self.position = Position(window_rows=window_rows)
         self._saved_at = time.monotonic()
 
     def run(self) -> Position:
@@ -118,7 +112,9 @@ class Engine:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             for index in range(self.position.stage, len(stages)):
-                self._run_stage(stages[index], tensors)
+                needed = stages[index].needed
+                if needed is None or needed():
+                    self._run_stage(stages[index], tensors)
                 tensors = {}
                 self.position.next_stage()
         self.head.eval().requires_grad_(False)
@@ -136,13 +132,7 @@ class Engine:
             best = _to(_part(resumed, "best"), self.device)
             if average:
                 average.values = list(_to(_part(resumed, "average"), self.device).values())
-        batches = ResidentBatches(
-            self.train.inputs,
-            self.train.targets,
-            self.batch_size,
-            seed=self.seed,
-            reads=stage.reads,
-        )
+        batches = self.train.batches(self.batch_size, seed=self.seed, reads=stage.reads)
         at = self.position
         patience = self.optim.patience or math.inf
         while at.epoch < self.epochs and at.rounds_since < patience:
@@ -150,7 +140,7 @@ class Engine:
             started = time.perf_counter()
             train_loss = self._run_epochs(stage, batches, optimizer, parameters, average, until)
             at.train_seconds += time.perf_counter() - started
-            at.train_rows += len(self.train.targets) * (until - at.epoch)
+            at.train_rows += len(self.train) * (until - at.epoch)
             at.epoch = until
             if average:
                 average.swap()
@@ -167,11 +157,24 @@ class Engine:
             self._checkpoint(optimizer, best, average)
         if best:
             self.head.load_state_dict(best)
+        self._finish(stage)
+
+    def _finish(self, stage: Stage) -> None:
+        """Let the stage decide whether it stays."""
+        if not stage.finish:
+            return
+
+        def measure() -> float:
+            metric, val_loss = self._validate(stage)
+            return -val_loss if math.isnan(metric) else metric
+
+        with torch.no_grad():
+            self.position.notes.append(f"{stage.name}: {stage.finish(measure)}")
 
     def _run_epochs(
         self,
         stage: Stage,
-        batches: ResidentBatches,
+        batches: Batches,
         optimizer: torch.optim.Optimizer,
         parameters: list[torch.nn.Parameter],
         average: Average | None,
@@ -188,6 +191,9 @@ class Engine:
             for batch, targets in batches.epoch(self.position.stage, epoch):
                 factor = lr_factor(step, self.epochs * self.steps, self.optim)
                 set_lr(optimizer, self.lr * factor)
+                labels = self.head.select_labels(targets)
+                if labels is not None:
+                    batch, targets = {**batch, "labels": labels}, _known(targets, labels)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                     logits = score(batch)
                 loss = self.loss(logits, targets)
@@ -208,7 +214,7 @@ class Engine:
         """Metric (NaN where undefined) and loss on the validation rows, in float32."""
         training = [module for module in self.head.modules() if module.training]
         self.head.eval()
-        logits = score_all(stage.score or self.head.score, self.val.inputs)
+        logits = score_all(stage.score or self.head.score, self.val.blocks())
         for module in training:
             module.training = True
         targets = self.val.targets
@@ -258,15 +264,16 @@ class Engine:
         self._saved_at = time.monotonic()
 
 
-def score_all(score: Callable[[Batch], Tensor], inputs: Batch) -> Tensor:
+def score_all(score: Callable[[Batch], Tensor], blocks: Iterable[Batch]) -> Tensor:
     """Logits float32 (n, C) of prepared inputs, a block of rows at a time."""
-    rows = len(next(iter(inputs.values())))
-    return torch.cat(
-        [
-            score({key: values[i : i + VALIDATION_ROWS] for key, values in inputs.items()}).float()
-            for i in range(0, rows, VALIDATION_ROWS)
-        ]
-    )
+    return torch.cat([score(block).float() for block in blocks])
+
+
+def _known(targets: Tensor, labels: Tensor) -> Tensor:
+    """The targets of some labels only; of the others they are unknown."""
+    if targets.ndim == 1:
+        return targets
+    return torch.full_like(targets, -1.0).index_copy_(1, labels, targets[:, labels])
 
 
 def enumerate_names(values: list[Tensor]) -> list[tuple[str, Tensor]]:

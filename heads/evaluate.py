@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -43,7 +44,9 @@ def evaluate(
     done = labelled[predictor.done(labelled)]
     where = f"split {split!r} of {store.path}" if split else store.path
     if not len(labelled):
-        raise InputError(f"no labelled samples in {where}: there is no truth to compare with")
+        raise InputError(
+            f"no labelled samples in {where}: there is no truth to compare with{_labelled(store)}"
+        )
     if not len(done):
         raise InputError(
             f"none of the {len(labelled)} labelled samples in {where} has its features; "
@@ -64,6 +67,14 @@ def evaluate(
         "unlabelled": len(rows) - len(labelled),
         **found,
     }
+
+
+def _labelled(store: "EmbeddingStore") -> str:
+    """Which splits could be evaluated, for an error."""
+    rows = store.rows(labelled=True)
+    splits = store.column("split").take(pa.array(rows)).value_counts().to_pylist()
+    named = ", ".join(f"{item['values']} ({item['counts']})" for item in splits if item["values"])
+    return f"; labelled are: {named}, choose with --split" if named else ""
 
 
 def task_targets(multi_hot: Tensor, task: str) -> Tensor:
@@ -91,6 +102,8 @@ def format_table(result: Mapping[str, Any]) -> str:
     for key, what in (("failed", "without features"), ("unlabelled", "without labels")):
         if result.get(key):
             lines.append(f"{result[key]} samples {what} were left out")
+    if "train" in by_split:
+        lines.append("the head has seen the train samples: val and test tell how good it is")
     labels = ranked_labels(result)
     wanted = ("label", "positives", "ap", "f1", "precision", "recall", "threshold")
     columns = [c for c in wanted if labels and c in labels[0]]

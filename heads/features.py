@@ -3,11 +3,17 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mmc.heads import needs
 from mmc.heads.models.base import Head
 from mmc.store.errors import InputError
 
 if TYPE_CHECKING:
     from mmc.store import EmbeddingStore
+
+SHARED_SPACE = ("image", "text")
+"""Fields that lie in the space of the label texts; where a backbone has both the first is taken."""
+NOT_BY_DEFAULT = ("itm", "region_scores")
+"""Floats per sample that are no embedding: read only when they are named."""
 
 
 def resolve(
@@ -18,7 +24,8 @@ def resolve(
     Args:
         spec: items ``alias`` (all its pooled fields), ``alias/field`` or ``role=alias/field``,
             each possibly several separated by commas; None or empty: all pooled fields of the
-            store (for a head on label texts the ``image`` field of the alias that has them).
+            store (for a head of tokens see `needs`). A head on label texts gets one field of the
+            alias that has them: ``image``, or ``text`` where there is no image.
 
     A role is the field's name, or ``alias.field`` where several aliases give that field.
 
@@ -28,12 +35,14 @@ def resolve(
     items = [part.strip() for item in spec or () for part in item.split(",") if part.strip()]
     if not store.features:
         raise InputError(f"{store.path} has no features yet; run `mmc extract` first")
+    if head.needs:
+        return needs.resolve(store, items, head, name)
     if items:
         chosen = _typed(store, items, head, name)
     elif head.wants_label_text:
         chosen = [(None, _with_label_text(store, name))]
     else:
-        chosen = [(None, feature) for feature in store.features if is_pooled(store, feature)]
+        chosen = [(None, feature) for feature in store.features if _by_default(store, feature)]
         if not chosen:
             raise InputError(
                 f"{store.path} has no pooled field, which {name} needs "
@@ -48,6 +57,11 @@ def is_pooled(store: "EmbeddingStore", feature: str) -> bool:
     """Whether the feature is one float vector per sample."""
     stored = store[feature]
     return len(stored.shape) == 2 and stored.dtype.kind == "f"
+
+
+def _by_default(store: "EmbeddingStore", feature: str) -> bool:
+    """Whether a head gets this feature without asking for it by name."""
+    return is_pooled(store, feature) and feature.split("/", 1)[1] not in NOT_BY_DEFAULT
 
 
 def _typed(
@@ -67,9 +81,10 @@ def _typed(
                 f"--features {item}: the store has no such alias; it has: "
                 f"{', '.join(store.aliases)} (features: {', '.join(store.features)})"
             )
-        fields = [f for f in store.features if f.startswith(f"{target}/") and is_pooled(store, f)]
-        if head.wants_label_text and f"{target}/image" in fields:
-            fields = [f"{target}/image"]
+        fields = [f for f in store.features if f.startswith(f"{target}/") and _by_default(store, f)]
+        if head.wants_label_text:
+            shared = [f"{target}/{name}" for name in SHARED_SPACE]
+            fields = [f for f in shared if f in fields][:1] or fields
         if not fields:
             raise InputError(f"--features {item}: {target} has no pooled field, which {name} needs")
         chosen.extend((None, field) for field in fields)
@@ -85,21 +100,24 @@ def _known(store: "EmbeddingStore", feature: str) -> str:
 
 
 def _with_label_text(store: "EmbeddingStore", name: str) -> str:
-    having = [
-        alias
-        for alias in store.aliases
-        if f"{alias}/image" in store.features and store.label_text(alias) is not None
-    ]
+    """The field of the (one) alias with label texts that lies in their space."""
+    having = []
+    for alias in store.aliases:
+        shared = [f"{alias}/{field}" for field in SHARED_SPACE]
+        fields = [feature for feature in shared if feature in store.features]
+        if fields and store.label_text(alias) is not None:
+            having.append(fields[0])
     if len(having) == 1:
-        return f"{having[0]}/image"
+        return having[0]
     if having:
+        aliases = [feature.split("/", 1)[0] for feature in having]
         raise InputError(
-            f"{name} reads one alias and {', '.join(having)} have label texts: choose with "
-            f"--features {having[0]}"
+            f"{name} reads one alias and {', '.join(aliases)} have label texts: choose with "
+            f"--features {aliases[0]}"
         )
     raise InputError(
-        f"{name} needs an `image` field and label texts of the same backbone, and no alias of "
-        f"{store.path} has both; extract with a dual encoder such as CLIP"
+        f"{name} needs label texts, and an `image` or `text` field of the same backbone; no alias "
+        f"of {store.path} has both: extract with a backbone that reads texts, such as CLIP"
     )
 
 
@@ -145,8 +163,14 @@ def _check(store: "EmbeddingStore", roles: dict[str, str], head: type[Head], nam
         )
     if head.wants_label_text:
         for feature in roles.values():
-            if store.label_text(feature.split("/", 1)[0]) is None:
+            alias, field = feature.split("/", 1)
+            if store.label_text(alias) is None:
                 raise InputError(
-                    f"{name} needs label texts, and {feature.split('/', 1)[0]} has none; extract "
-                    "with a dual encoder such as CLIP"
+                    f"{name} needs label texts, and {alias} has none; extract with a backbone "
+                    "that reads texts, such as CLIP"
+                )
+            if head.reads == "pooled" and field not in SHARED_SPACE:
+                raise InputError(
+                    f"{name} compares a field with the label texts, and {feature} is not in their "
+                    f"space; choose from {alias}'s {' and '.join(SHARED_SPACE)}"
                 )

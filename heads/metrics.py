@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmc.heads.averages import averaged, mean, ratio, top_k_averaged
 from mmc.heads.calibration import BinnedCalibration
 from mmc.heads.ranking import (
     CHUNK_ENTRIES,
@@ -58,7 +59,7 @@ def score(logits: Tensor, targets: Tensor, task: str, metric: str | None = None)
     _require_finite(logits)
     if task == "multilabel":
         if metric == "mAP":
-            return _mean(rank_labels(logits, targets).ap)
+            return mean(rank_labels(logits, targets).ap)
         counts = _Decisions(logits, targets, Thresholds.default(task, logits.shape[1]))
         return counts.f1()[metric]
     known = targets >= 0
@@ -164,35 +165,15 @@ class _Decisions:
         per_label = self.per_label_f1()
         total = float(self.true.sum())
         return {
-            "micro_f1": _ratio(2 * self.tp.sum(), self.predicted.sum() + self.true.sum()),
-            "macro_f1": _mean(per_label),
-            "weighted_f1": _ratio((per_label * self.true).sum(), total),
+            "micro_f1": ratio(2 * self.tp.sum(), self.predicted.sum() + self.true.sum()),
+            "macro_f1": mean(per_label),
+            "weighted_f1": ratio((per_label * self.true).sum(), total),
             "samples_f1": self.samples_sum / self.samples if self.samples else math.nan,
         }
 
     def per_label_f1(self) -> Tensor:
         """F1 of every label, float64 (C,)."""
         return 2 * self.tp / (self.predicted + self.true).clamp(min=1)
-
-    def averaged(self) -> dict[str, float]:
-        """Per-class (C) and overall (O) precision, recall and F1 as multi-label papers report them.
-
-        CF1 is the F1 of the averaged precision and recall, which is not the macro-F1. Classes
-        without positives are left out of the averages.
-        """
-        with_true = self.true > 0
-        cp = _mean((self.tp / self.predicted.clamp(min=1))[with_true])
-        cr = _mean((self.tp / self.true.clamp(min=1))[with_true])
-        op = _ratio(self.tp.sum(), self.predicted.sum())
-        recall = _ratio(self.tp.sum(), self.true.sum())
-        return {
-            "CP": cp,
-            "CR": cr,
-            "CF1": _ratio(2 * cp * cr, cp + cr),
-            "OP": op,
-            "OR": recall,
-            "OF1": _ratio(2 * op * recall, op + recall),
-        }
 
 
 def _multilabel(
@@ -206,11 +187,11 @@ def _multilabel(
         "unknown": counts.unknown,
         "labels": len(label_set),
         "labels_evaluated": int((ranking.positives > 0).sum()),
-        "mAP": _mean(ranking.ap),
-        "random_mAP": _mean((ranking.positives / ranking.known)[ranking.positives > 0]),
+        "mAP": mean(ranking.ap),
+        "random_mAP": mean((ranking.positives / ranking.known)[ranking.positives > 0]),
         **counts.f1(),
-        **counts.averaged(),
-        "auroc_macro": _mean(ranking.auroc),
+        **averaged(counts.tp, counts.predicted, counts.true),
+        "auroc_macro": mean(ranking.auroc),
         "auroc_micro": micro_auroc(logits, targets),
         "auroc_labels": int((~ranking.auroc.isnan()).sum()),
         "subset_accuracy": counts.exact / rows,
@@ -219,6 +200,7 @@ def _multilabel(
         "cardinality_predicted": float(counts.predicted.sum()) / rows,
         "empty_both": int(counts.empty),
         "top_k": {str(k): top_k_f1(logits, targets, k) for k in (3, 5) if k < len(label_set)},
+        "top_3_above_half": top_k_averaged(logits, targets, 3) if len(label_set) > 3 else None,
         **counts.calibration.result(),
         "per_label": _label_table(ranking, counts, thresholds, label_set),
     }
@@ -297,12 +279,12 @@ def _multiclass(logits: Tensor, targets: Tensor, label_set: Sequence[str]) -> di
     return {
         "labels": num_classes,
         **_from_confusion(table, binary=False),
-        "top5_accuracy": _mean(in_top.double()) if num_classes > 5 else None,
-        "mAP": _mean(ranking.ap),
-        "auroc_macro": _mean(ranking.auroc),
+        "top5_accuracy": mean(in_top.double()) if num_classes > 5 else None,
+        "mAP": mean(ranking.ap),
+        "auroc_macro": mean(ranking.auroc),
         "log_loss": _log_loss(logits, targets),
         "ece": calibration.result()["ece"],
-        "brier": _mean((p.double() - truth).square().sum(1)),
+        "brier": mean((p.double() - truth).square().sum(1)),
         "confusion": table.tolist(),
         "per_label": _class_table(table, label_set)
         | {"ap": ranking.ap.tolist(), "auroc": ranking.auroc.tolist()},
@@ -318,16 +300,16 @@ def _from_confusion(table: Tensor, *, binary: bool) -> dict[str, float]:
     f1 = 2 * tp / (true + predicted).clamp(min=1)
     total = float(true.sum())
     result = {
-        "accuracy": _ratio(tp.sum(), total),
-        "balanced_accuracy": _mean((tp / true.clamp(min=1))[true > 0]),
-        "macro_f1": _mean(f1[true + predicted > 0]),
-        "weighted_f1": _ratio((f1 * true).sum(), total),
-        "majority_accuracy": _ratio(true.max(), total),
+        "accuracy": ratio(tp.sum(), total),
+        "balanced_accuracy": mean((tp / true.clamp(min=1))[true > 0]),
+        "macro_f1": mean(f1[true + predicted > 0]),
+        "weighted_f1": ratio((f1 * true).sum(), total),
+        "majority_accuracy": ratio(true.max(), total),
     }
     if binary:
         result["f1"] = float(f1[1])
-        result["precision"] = _ratio(tp[1], predicted[1])
-        result["recall"] = _ratio(tp[1], true[1])
+        result["precision"] = ratio(tp[1], predicted[1])
+        result["recall"] = ratio(tp[1], true[1])
     return result
 
 
@@ -364,17 +346,6 @@ def _require_finite(logits: Tensor) -> None:
             f"{bad} of {len(logits)} rows have logits that are not finite; training diverged "
             f"(lower the learning rate) or the features hold NaN (`mmc verify`)"
         )
-
-
-def _mean(values: Tensor) -> float:
-    """Mean of the values that are defined; NaN when none is."""
-    values = values[~values.isnan()]
-    return float(values.mean()) if len(values) else math.nan
-
-
-def _ratio(part: Tensor | float, whole: Tensor | float) -> float:
-    """0 when there is nothing to divide by (scikit-learn's ``zero_division=0``)."""
-    return float(part) / float(whole) if float(whole) > 0 else 0.0
 
 
 def _plain(value: Any) -> Any:

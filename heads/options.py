@@ -72,6 +72,10 @@ class TrainConfig:
     Parameters, loss and validation are float32 always."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto = a GPU where there is one."""
+    max_memory: str | None = None
+    """Memory that training data may take, such as 8G; what needs more is read from the store again
+    in every epoch, shuffled by windows. Default: half of what is free (three quarters on a
+    GPU)."""
     settings: tuple[str, ...] = ()
     """Settings of the head, the loss and the optimiser: ``group.key=value``, such as
     ``head.hidden=1024``, ``loss.pos_weight=auto`` or ``optim.weight_decay=0.1``."""

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mmc.heads import leakage
 from mmc.store.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class Splits:
     test: Rows
     notes: list[str] = field(default_factory=list)
     """Lines to say aloud: what was left out, what was decided."""
+    seen: dict[str, dict[str, int]] = field(default_factory=dict)
+    """val and test -> content -> how many of its rows share it with a training row."""
 
 
 def choose(store: "EmbeddingStore", features: Sequence[str], *, trains: bool) -> Splits:
@@ -64,7 +67,27 @@ def choose(store: "EmbeddingStore", features: Sequence[str], *, trains: bool) ->
     for name in ("train", "val"):
         if not len(rows[name]) and trains:
             raise InputError(_empty(store, features, name, marked))
-    return Splits(**rows, notes=notes)
+    seen = _seen(store, features, rows, notes) if trains else {}
+    return Splits(**rows, notes=notes, seen=seen)
+
+
+def _seen(
+    store: "EmbeddingStore", features: Sequence[str], rows: dict[str, Rows], notes: list[str]
+) -> dict[str, dict[str, int]]:
+    """What `leakage` finds in val and test; says it of the one that tells how good the head is."""
+    seen = {
+        name: leakage.also_in_train(store, features, rows["train"], rows[name])
+        for name in ("val", "test")
+        if len(rows[name])
+    }
+    name = "test" if "test" in seen else "val"
+    what = leakage.described(seen[name])
+    if what:
+        notes.append(
+            f"warning: of {len(rows[name]):,} {name} samples {what}: new samples may do worse than "
+            "the figures (`mmc extract --dedupe` drops exact copies)"
+        )
+    return seen
 
 
 def targets(store: "EmbeddingStore", rows: Rows) -> Tensor:

@@ -95,9 +95,10 @@ def tune(
         targets: multilabel int (N, C) in {-1, 0, 1}; otherwise int64 (N,) class indices, -1
             unknown. Unknown entries are left out.
         objective: default micro-F1 for multilabel, macro-F1 over both classes for binary.
-        min_positives: a label with fewer positives takes the common threshold.
+        min_positives: a label with fewer positives takes the common threshold, and with fewer of
+            all labels together that is 0.5.
         shrinkage: how many positives the common threshold counts for when a label's own threshold
-            is drawn towards it.
+            is drawn towards it, and 0.5 when the common one is.
         seed: of the split into halves.
     """
     num_labels = probabilities.shape[1]
@@ -109,9 +110,10 @@ def tune(
     else:
         objective = objective or "micro"
         scores, truth = _mask_unknown(probabilities, targets)
-    fitters: dict[Mode, Fit] = {"default": _fit_default, "global": _fit_global}
+    common = _Common(min_positives, shrinkage)
+    fitters: dict[Mode, Fit] = {"default": _fit_default, "global": common}
     if task == "multilabel" and num_labels > 1:
-        fitters["per_label"] = _PerLabel(min_positives, shrinkage)
+        fitters["per_label"] = _PerLabel(common)
     n = len(scores)
     if n < 4 or not bool((truth == 1).any()):
         return Thresholds.default(task, num_labels)
@@ -166,21 +168,36 @@ def _fit_default(scores: Tensor, truth: Tensor, objective: str, binary: bool) ->
     return torch.full((scores.shape[1],), DEFAULT, dtype=torch.float64, device=scores.device)
 
 
-def _fit_global(scores: Tensor, truth: Tensor, objective: str, binary: bool) -> Tensor:
-    return search.common(scores, truth, objective, binary=binary).expand(scores.shape[1]).clone()
+@dataclass(frozen=True)
+class _Common:
+    """One threshold for all labels, drawn towards 0.5: a few rows tell little about it."""
+
+    min_positives: int
+    shrinkage: float
+
+    def __call__(self, scores: Tensor, truth: Tensor, objective: str, binary: bool) -> Tensor:
+        positives = truth.sum(dtype=torch.float64)
+        if binary:
+            # Both classes count, and the smaller one decides how well the cut is known.
+            positives = torch.minimum(positives, len(truth) - positives)
+        best = search.common(scores, truth, objective, binary=binary)
+        mixed = self.drawn(best, positives, torch.full_like(best, DEFAULT))
+        return mixed.expand(scores.shape[1]).clone()
+
+    def drawn(self, own: Tensor, positives: Tensor, towards: Tensor) -> Tensor:
+        """``own`` mixed with ``towards`` by the positives that it rests on; too few count none."""
+        share = positives / (positives + self.shrinkage) if self.shrinkage else 1.0
+        mixed = share * own + (1 - share) * towards
+        return torch.where(positives < self.min_positives, towards, mixed).clamp(LOWEST, HIGHEST)
 
 
 @dataclass(frozen=True)
 class _PerLabel:
     """One threshold per label, drawn towards the common one."""
 
-    min_positives: int
-    shrinkage: float
+    common: _Common
 
     def __call__(self, scores: Tensor, truth: Tensor, objective: str, binary: bool) -> Tensor:
-        common = _fit_global(scores, truth, objective, binary)
-        own = search.per_label(scores, truth, objective, common)
-        positives = truth.sum(0, dtype=torch.float64)
-        share = positives / (positives + self.shrinkage).clamp(min=1e-9)
-        mixed = share * own + (1 - share) * common
-        return torch.where(positives < self.min_positives, common, mixed).clamp(LOWEST, HIGHEST)
+        towards = self.common(scores, truth, objective, binary)
+        own = search.per_label(scores, truth, objective, towards)
+        return self.common.drawn(own, truth.sum(0, dtype=torch.float64), towards)

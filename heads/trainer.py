@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmc.heads import metrics, splits, thresholds
-from mmc.heads.artifact import RECORD, FeatureRef, Run, check_output
-from mmc.heads.batches import derive_seed, load_prepared, raw_blocks
+from mmc.heads import memory, metrics, splits, thresholds
+from mmc.heads.artifact import Run
+from mmc.heads.batches import Data, ResidentData, derive_seed, load_prepared, raw_blocks
 from mmc.heads.checkpoints import Checkpoints, clear_run
 from mmc.heads.devices import pick_device, training_dtype
-from mmc.heads.engine import Data, Engine, Position
+from mmc.heads.engine import Engine, Position
+from mmc.heads.featureref import FeatureRef
 from mmc.heads.features import resolve
 from mmc.heads.losses import GROUP as LOSS_GROUP
 from mmc.heads.losses import LOSSES
@@ -26,6 +27,8 @@ from mmc.heads.models import HEADS
 from mmc.heads.models.base import Head
 from mmc.heads.options import OptimConfig, TrainConfig, parse_set
 from mmc.heads.predict import Predictor
+from mmc.heads.runfiles import RECORD, check_output
+from mmc.heads.streaming import WINDOWS, StreamedData
 from mmc.store.config import build
 from mmc.store.errors import InputError
 from mmc.store.registry import load, lookup
@@ -112,30 +115,36 @@ def _train(
     for note in setup.splits.notes:
         report(note)
     checkpoints = Checkpoints(folder, setup.identity())
-    resumed = checkpoints.load() is not None
-    if resumed:
+    found = checkpoints.load()
+    if found:
         report(f"continuing the unfinished training in {folder}")
     head, loss = setup.build()
-    position = setup.fit(head, loss, checkpoints, progress)
-    for line in _stage_lines(position):
+    place = setup.place(head)
+    if found:  # the order of the rows depends on it
+        place = replace(place, window_rows=found[1]["window_rows"])
+    if place.window_rows:
+        report(memory.describe(place))
+    position = setup.fit(head, loss, checkpoints, place, progress)
+    for line in [*_stage_lines(position), *position.notes]:
         report(line)
     run = setup.run(head, position)
-    found = setup.measure(run)
+    measured = setup.measure(run)
     run.save(folder)
     checkpoints.remove()
+    report(f"the run is in {folder}; its README.md says how good it is and how to use it")
     return TrainReport(
         run=run,
         features=setup.features,
         rows={name: len(getattr(setup.splits, name)) for name in ("train", "val", "test")},
-        metrics=found,
+        metrics=measured,
         epochs=position.train_rows // max(len(setup.splits.train), 1),
         seconds=time.perf_counter() - started,
         train_seconds=position.train_seconds,
         rate=position.train_rows / position.train_seconds if position.train_seconds else 0.0,
         batch_size=setup.batch_size,
         lr=setup.lr,
-        resumed=resumed,
-        notes=setup.splits.notes,
+        resumed=found is not None,
+        notes=[*setup.splits.notes, *position.notes],
     )
 
 
@@ -147,9 +156,6 @@ class _Setup:
         entry = lookup(HEADS, config.head, kind="head", group=HEAD_GROUP)
         self.head_class: type[Head] = load(entry)
         settings = parse_set(config.settings)
-        self.head_config: Any = build(
-            self.head_class.Config, settings.get("head", {}), where=f"head {config.head}"
-        )
         self.optim = build(OptimConfig, settings.get("optim", {}), where="optim")
         if store.task not in metrics.HEADLINE:
             raise InputError(f"{store.path} is {store.task}: there is nothing to train on")
@@ -158,16 +164,22 @@ class _Setup:
         self.loss_config: Any = build(
             self.loss_class.Config, settings.get("loss", {}), where=f"loss {self.loss_name}"
         )
+        self.head_config = self._head_config(settings.get("head", {}))
         _check_metric(self.optim.metric, store.task)
         self.device = pick_device(config.device)
         self.dtype = training_dtype(config.precision, self.device)
         self.features = resolve(store, config.features, self.head_class, config.head)
         self.refs = {role: FeatureRef.of(store, name) for role, name in self.features.items()}
+        self.head_config = self.head_class.completed(
+            self.head_config, self.refs, tuple(store.label_set), store.task
+        )
         self.label_text = self._label_text()
         trial = self._new_head()
         self.trains = bool(trial.stages())
         self.splits = splits.choose(store, list(self.features.values()), trains=self.trains)
-        self.batch_size = config.batch_size or default_batch(len(self.splits.train), self.device)
+        self.batch_size = config.batch_size or default_batch(
+            len(self.splits.train), self.device, trial.largest_batch
+        )
         self.lr = config.lr or default_lr(
             trial.learning_rate, self.batch_size, len(self.splits.train)
         )
@@ -184,6 +196,9 @@ class _Setup:
         config |= {"loss": self.loss_name, "batch_size": self.batch_size, "lr": self.lr}
         config |= {"device": str(self.device), "precision": str(self.dtype)}
         del config["settings"]["optim"]["checkpoint_seconds"]
+        if self.text_alias:
+            prompt = self.store.label_prompt(self.text_alias)
+            config["label_text"] = {"alias": self.text_alias, "prompt": prompt}
         return {
             "config": config,
             "features": {role: ref.fingerprint for role, ref in self.refs.items()},
@@ -203,17 +218,33 @@ class _Setup:
                 blocks = raw_blocks(self.store, self.features, rows, self.device)
                 head.fit_inputs(batch for _, batch in blocks)
                 head.set_prior(loss.prior())
+                head.fit_labels(*self._label_rows())
+                head.load_weights()
         return head, loss
 
-    def fit(self, head: Head, loss: Loss, checkpoints: Checkpoints, progress: Progress) -> Position:
-        """Load what the head reads and train it."""
-        val = self._data(head, self.splits.val, torch.float32)
+    def fit(
+        self,
+        head: Head,
+        loss: Loss,
+        checkpoints: Checkpoints,
+        place: memory.Plan,
+        progress: Progress,
+    ) -> Position:
+        """Load what the head reads, or as much of it as there is room for, and train it."""
+        kept = self._resident(head, _spaced(self.splits.val, place.val_rows), torch.float32)
+        val: Data = kept
+        if len(kept) < len(self.splits.val):
+            val = self._streamed(head, self.splits.val, torch.float32, place.window_rows)
         position = Position()
         if self.trains:
             position = Engine(
                 head,
                 loss,
-                train=self._data(head, self.splits.train, self.dtype),
+                train=(
+                    self._streamed(head, self.splits.train, self.dtype, place.window_rows)
+                    if place.window_rows
+                    else self._resident(head, self.splits.train, self.dtype)
+                ),
                 val=val,
                 task=self.store.task,
                 batch_size=self.batch_size,
@@ -222,13 +253,17 @@ class _Setup:
                 optim=self.optim,
                 seed=self.config.seed,
                 dtype=self.dtype,
+                window_rows=place.window_rows,
                 checkpoints=checkpoints,
                 on_round=lambda row: progress(row["stage"], row["epoch"], row["epochs"]),
             ).run()
-        if len(self.splits.val):
+        if len(kept):
             head.eval()
             with torch.no_grad():
-                head.fit_validation(val.inputs, val.targets, self.store.task)
+                said = head.fit_validation(
+                    kept.inputs, kept.targets, self.store.task, self.optim.metric
+                )
+            position.notes += [said] if said else []
         return position
 
     def run(self, head: Head, position: Position) -> Run:
@@ -265,6 +300,7 @@ class _Setup:
             run.metrics[name] = metrics.evaluate(
                 logits, targets, run.task, label_set=run.label_set, thresholds=run.thresholds
             )
+            run.metrics[name]["also_in_train"] = self.splits.seen.get(name, {})
         return run.metrics
 
     def _new_head(self) -> Head:
@@ -273,13 +309,37 @@ class _Setup:
             inputs, len(self.store.label_set), self.head_config, label_text=self.label_text
         )
 
+    def _head_config(self, given: dict[str, str]) -> Any:
+        """The head's settings: those given, and those that the loss needs."""
+        head, loss = self.config.head, self.loss_name
+        needed = self.loss_class.head_settings(self.loss_config)
+        known = {f.name for f in fields(self.head_class.Config)}
+        for key, value in needed.items():
+            if key not in known:
+                raise InputError(
+                    f"loss {loss} needs a head with the setting {key}={value}, and {head} has no "
+                    f"{key}; choose a head that `mmc list losses` names for it"
+                )
+        config: Any = build(self.head_class.Config, {**needed, **given}, where=f"head {head}")
+        for key, value in needed.items():
+            if getattr(config, key) != value:
+                raise InputError(
+                    f"head.{key}={getattr(config, key)} does not go with loss {loss}, which needs "
+                    f"{value}; leave it out"
+                )
+        return config
+
     def _label_text(self) -> Tensor | None:
-        """Label texts (C, D) in the label set's order, for a head that wants them."""
-        if not self.head_class.wants_label_text:
+        """Label texts (C, D) in the label set's order, for a head that wants or takes them."""
+        self.text_alias = ""
+        if not (self.head_class.wants_label_text or self.head_class.takes_label_text):
             return None
-        alias = next(iter(self.refs.values())).alias
-        found = self.store.label_text(alias)
-        assert found is not None, "resolve() has checked this"
+        texts = {ref.alias: self.store.label_text(ref.alias) for ref in self.refs.values()}
+        alias, found = next(((a, f) for a, f in texts.items() if f is not None), ("", None))
+        if found is None:
+            assert not self.head_class.wants_label_text, "resolve() has checked this"
+            return None
+        self.text_alias = alias
         names, array = found
         place = {name: index for index, name in enumerate(names)}
         missing = [label for label in self.store.label_set if label not in place]
@@ -296,15 +356,65 @@ class _Setup:
         positives = torch.from_numpy(self.store.labels.counts(self.splits.train)).double()
         return positives, torch.full_like(positives, float(len(self.splits.train)))
 
-    def _data(self, head: Head, rows: splits.Rows, dtype: torch.dtype) -> Data:
+    def _label_rows(self) -> tuple[Tensor, Tensor]:
+        """Labels of the training rows, as (indptr (n + 1,), indices), int64."""
+        labels, rows = self.store.labels, self.splits.train
+        counts = labels.indptr[rows + 1] - labels.indptr[rows]
+        indptr = np.concatenate([[0], np.cumsum(counts)])
+        # Place of every label in the store's list: the row's start plus 0, 1, 2 ...
+        places = np.repeat(labels.indptr[rows] - indptr[:-1], counts) + np.arange(indptr[-1])
+        indices = labels.indices[places].astype(np.int64)
+        return torch.from_numpy(indptr.astype(np.int64)), torch.from_numpy(indices)
+
+    def place(self, head: Head) -> memory.Plan:
+        """What there is room for."""
+        limit = self.config.max_memory
+        rows = self.splits.train if len(self.splits.train) else self.splits.val
+        floats, others = 0, 0
+        for values in self._resident(head, rows[:1], torch.float32).inputs.values():
+            if values.is_floating_point():
+                floats += values.numel()
+            else:
+                others += values.nbytes
+        return memory.plan(
+            train=(len(self.splits.train), floats * self.dtype.itemsize + others),
+            val=(len(self.splits.val), floats * torch.float32.itemsize + others),
+            budget=memory.parse_size(limit) if limit else memory.allowed(self.device),
+            batch_size=self.batch_size,
+            windows=WINDOWS,
+        )
+
+    def _resident(self, head: Head, rows: splits.Rows, dtype: torch.dtype) -> ResidentData:
         inputs = load_prepared(self.store, self.features, rows, head, self.device, dtype)
-        return Data(inputs=inputs, targets=splits.targets(self.store, rows).to(self.device))
+        return ResidentData(inputs=inputs, targets=self._targets(rows))
+
+    def _streamed(
+        self, head: Head, rows: splits.Rows, dtype: torch.dtype, window_rows: int
+    ) -> StreamedData:
+        return StreamedData(
+            self.store,
+            self.features,
+            rows,
+            self._targets(rows),
+            head,
+            device=self.device,
+            dtype=dtype,
+            window_rows=window_rows,
+        )
+
+    def _targets(self, rows: splits.Rows) -> Tensor:
+        return splits.targets(self.store, rows).to(self.device)
 
 
-def default_batch(rows: int, device: torch.device) -> int:
-    """About 100 steps an epoch, within what is fast on the device."""
+def _spaced(rows: splits.Rows, count: int) -> splits.Rows:
+    """``count`` of the rows at most, evenly spaced."""
+    return rows if len(rows) <= count else rows[:: -(-len(rows) // max(count, 1))]
+
+
+def default_batch(rows: int, device: torch.device, most: int | None = None) -> int:
+    """About 100 steps an epoch, within what is fast on the device and what the head allows."""
     largest = MAX_BATCH.get(device.type, MAX_BATCH_ELSEWHERE)
-    return max(MIN_BATCH, min(largest, rows // STEPS_PER_EPOCH))
+    return min(max(MIN_BATCH, min(largest, rows // STEPS_PER_EPOCH)), most or largest)
 
 
 def default_lr(base: float, batch_size: int, rows: int) -> float:

@@ -1,10 +1,12 @@
 """Backbone families, chosen by name; each is imported when a backbone is loaded.
 
 An entry's target is a function ``load(name, options, *, device, precision, max_text_tokens)`` that
-returns an object with the interface of :class:`mmc.extract.backbones.base.Backbone`.
+returns an object with the interface of :class:`mmc.extract.backbones.base.Backbone`. The option
+``pyramid`` (:mod:`mmc.extract.backbones.pyramid`) is one of all families with an image tower.
 """
 
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,19 +23,43 @@ BACKBONES: tuple[Entry, ...] = (
     Entry(
         "open_clip",
         "mmc.extract.backbones.openclip:load",
-        "any open_clip model: image, text, image_tokens, text_tokens",
+        "any open_clip model: image, text, the grid of image_tokens, image_class, text_tokens",
         "open_clip:MODEL/TAG, open_clip:MODEL/CHECKPOINT, open_clip:FOLDER",
     ),
     Entry(
         "hf",
         "mmc.extract.backbones.hf:load",
-        "transformers: CLIP and SigLIP (image and text), BERT-like encoders (text)",
+        "transformers: CLIP, SigLIP, BLIP (image and text, fused), ViT, DINOv2, BERT-like encoders",
         "hf:HUB_NAME or hf:FOLDER",
+    ),
+    Entry(
+        "torchvision",
+        "mmc.extract.backbones.torchvision_models:load",
+        "any torchvision classifier: image, image_tokens; CNNs: a 6 x 6 grid of regions with boxes",
+        "torchvision:MODEL, torchvision:MODEL/TAG, torchvision:MODEL/CHECKPOINT",
+    ),
+    Entry(
+        "timm",
+        "mmc.extract.backbones.timm_models:load",
+        "any timm model: image, image_tokens; CNNs: a 6 x 6 grid of regions with boxes",
+        "timm:MODEL.TAG, timm:MODEL/CHECKPOINT, timm:FOLDER, timm:hf-hub:REPO",
+    ),
+    Entry(
+        "fasterrcnn",
+        "mmc.extract.backbones.fasterrcnn:load",
+        "torchvision's detector: 36 regions of 1024 (it has no 2048) with boxes, scores, classes",
+        "fasterrcnn:coco, fasterrcnn:coco_v2, fasterrcnn:CHECKPOINT",
+    ),
+    Entry(
+        "fasterrcnn_vg",
+        "mmc.extract.backbones.fasterrcnn_vg:load",
+        "Visual Genome detector, ResNet-101: 36 regions of 2048 with boxes, scores, 1600 classes",
+        "fasterrcnn_vg:CHECKPOINT (faster_rcnn_res101_vg.pth)",
     ),
     Entry(
         "python",
         "mmc.extract.backbones.custom:load",
-        "your own class with the interface of mmc.extract.backbones.base.Backbone",
+        "your own class: docs/own-backbone.md has one of 30 lines",
         "python:package.module:Class",
     ),
 )
@@ -103,19 +129,28 @@ def load_backbone(
         raise InputError(f"max_text_tokens must be at least 2, got {max_text_tokens}")
     parsed = parse_spec(spec)
     from mmc.extract.backbones.base import check_device
+    from mmc.extract.backbones.hub import FAMILIES, quick_when_offline
 
     check_device(device)
     loader = load(lookup(BACKBONES, parsed.family, kind="backbone", group=GROUP))
-    backbone: Backbone = loader(
-        parsed.name,
-        parsed.options,
-        device=device,
-        precision=precision,
-        max_text_tokens=max_text_tokens,
-    )
+    options = dict(parsed.options)
+    levels = options.pop("pyramid", None)
+    with quick_when_offline(parsed.name) if parsed.family in FAMILIES else nullcontext():
+        backbone: Backbone = loader(
+            parsed.name,
+            options,
+            device=device,
+            precision=precision,
+            max_text_tokens=max_text_tokens,
+        )
+    if levels is not None:
+        from mmc.extract.backbones.pyramid import with_pyramid
+
+        backbone = with_pyramid(backbone, levels, device=device, spec=str(parsed))
     context = backbone.context
     context["spec"] = str(parsed)
     # A relative path would mean another folder when a run is used from elsewhere.
-    resolved = BackboneSpec(parsed.family, context.get("name", parsed.name), parsed.options)
+    absolute = {**parsed.options, **context.pop("options", {})}
+    resolved = BackboneSpec(parsed.family, context.get("name", parsed.name), absolute)
     context["resolved_spec"] = str(resolved)
     return backbone

@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mmc.extract.transforms import ImageTransform
+from mmc.extract.backbones.hub import UNREACHABLE
+from mmc.extract.transforms import ImageTransform, Transform
 from mmc.store.errors import InputError
 from mmc.store.schema import FieldSpec
 
@@ -61,19 +62,24 @@ class Backbone(Protocol):
 
     Attributes say what it is; three methods do the work. Batching, retrying and storing are the
     caller's. ``encode_image`` and ``encode_text`` may be called from several threads at once.
+
+    A backbone may also have the attribute ``batch_size`` (int or None): pictures in a batch unless
+    the user says. One with fields of the tower ``fused`` is a :class:`FusedBackbone`.
     """
 
     fields: Mapping[str, FieldSpec]
-    """Everything it can give: shape per sample, dtype as stored, tower (``image`` or ``text``)."""
+    """Everything it can give: shape per sample, dtype as stored, and the tower: ``image``, ``text``
+    or ``fused`` (of both)."""
     default_fields: tuple[str, ...]
     """What is extracted unless the user asks for other fields: the pooled ones."""
-    image_transform: ImageTransform | None
+    image_transform: Transform | None
     """How images are brought to its size; None: it has no image tower."""
     identity: dict[str, Any]
     """JSON-able; all that decides the numbers: weights, preprocessing, precision, lengths."""
     context: dict[str, Any]
-    """JSON-able; what is worth knowing about the run: versions, device, and ``name``, which is what
-    followed the family in the spec with its path made absolute."""
+    """JSON-able; what is worth knowing about the run: versions, device, ``name``, which is what
+    followed the family in the spec with its path made absolute, and ``options``, the options whose
+    paths were made absolute."""
     prompt_template: str
     """Default text for a label, with ``{label}`` in it."""
 
@@ -81,12 +87,31 @@ class Backbone(Protocol):
         """Token ids of ``texts``, truncated to the model's length; deterministic."""
 
     def encode_image(self, pixels: Tensor, fields: Sequence[str]) -> dict[str, Tensor]:
-        """``fields`` of uint8 images (B, 3, H, W): float32 (bool for masks), (B, ...) each."""
+        """``fields`` of uint8 images (B, *image_transform.shape): (B, ...) each.
+
+        float32, bool for masks, int16 for places and classes. With ``OriginalSize`` ``pixels`` is a
+        list of B tensors (3, H, W), on the device or not; a picture's numbers must then be the
+        same whichever others are in the list.
+        """
 
     def encode_text(self, tokens: TokenBatch, fields: Sequence[str]) -> dict[str, Tensor]:
         """``fields`` of tokenized texts: float32 (bool for masks), (B, ...) each.
 
         A token field holds zeros where its mask is False.
+        """
+
+
+class FusedBackbone(Backbone, Protocol):
+    """A backbone with fields that are made from a sample's image and text together."""
+
+    def encode_fused(
+        self, pixels: Tensor, tokens: TokenBatch, fields: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """``fields`` of images (B, *image_transform.shape) and the texts of the same samples.
+
+        They may be fields of the fused tower and of the image tower, which runs once for both;
+        an image field has the very bytes that ``encode_image`` gives for these pixels. Token ids
+        are used at their full length T, so that a row's numbers depend on nothing else.
         """
 
 
@@ -117,17 +142,35 @@ def check_fields(fields: Sequence[str], known: Mapping[str, FieldSpec], tower: s
             raise InputError(f"this backbone has no {tower} field {name!r}; it has: {what}")
 
 
+_IMAGE_FIELDS = ("image", "region", "boxes")
+_FUSED_FIELDS = ("fused", "itm")
+# float16 would move a box by half a pixel of a thousand.
+_DTYPES = {"boxes": "float32", "region_classes": "int16", "image_places": "int16"}
+
+
 def field_table(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, FieldSpec]:
-    """Field specs from shapes per sample: masks are bool, the rest float16; towers by name."""
+    """Field specs from shapes per sample; towers and dtypes by name.
+
+    Masks are bool, classes of regions and places of tiles int16, boxes float32, the rest float16.
+    What begins with ``image``, ``region`` or ``boxes`` is of the image tower, with ``fused`` or
+    ``itm`` of the fused one, anything else of the text tower.
+    """
     return {
-        name: FieldSpec(
-            name=name,
-            shape=tuple(shape),
-            dtype="bool" if name.endswith("_mask") else "float16",
-            tower="image" if name.startswith("image") else "text",
-        )
+        name: FieldSpec(name=name, shape=tuple(shape), dtype=_dtype(name), tower=_tower(name))
         for name, shape in shapes.items()
     }
+
+
+def _tower(name: str) -> str:
+    if name.startswith(_IMAGE_FIELDS):
+        return "image"
+    return "fused" if name.startswith(_FUSED_FIELDS) else "text"
+
+
+def _dtype(name: str) -> str:
+    if name.endswith("_mask"):
+        return "bool"
+    return _DTYPES.get(name, "float16")
 
 
 def text_buckets(lengths: Tensor, context: int, *, exact: bool) -> Tensor:
@@ -231,9 +274,12 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 
 def offline_hint() -> str:
-    """Why a hub was not asked, where the environment forbids it."""
+    """Why a hub was not asked, where the environment forbids it or its host does not answer."""
     names: Iterable[str] = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     found = [
         name for name in names if os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
     ]
-    return f" ({found[0]} is set, so the hub was not asked)" if found else ""
+    if found:
+        return f" ({found[0]} is set, so the hub was not asked)"
+    host = UNREACHABLE.get()
+    return f" ({host} cannot be reached)" if host else ""

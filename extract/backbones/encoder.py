@@ -1,4 +1,4 @@
-"""A backbone made of an image tower, a text tower, or both.
+"""A backbone made of an image tower, a text tower, or both, and what joins the two.
 
 Families describe their towers as small functions; what is the same for all (moving to the device,
 normalising, choosing fields, masking, float32 out) is here once.
@@ -7,7 +7,7 @@ Shapes: B samples, T tokens, P patches, D features of the shared space, Dv and D
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +31,9 @@ class ImageTower:
     """How normalised images (B, 3, H, W) become features."""
 
     transform: ImageTransform
-    forward: Callable[[Tensor], tuple[Tensor, Tensor | None]]
-    """Pooled (B, D) and patch tokens (B, P, Dv); no tokens where the model has none."""
+    forward: Callable[[Tensor], Mapping[str, Tensor]]
+    """The image fields by name, such as ``image`` (B, D), ``image_tokens`` (B, P, Dv) and
+    ``image_class`` (B, Dv); always the same ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,20 @@ class TextTower:
     """T: tokens kept per text."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class FusedTower:
+    """How the image tower's fields and a text of the same sample become fused features."""
+
+    forward: Callable[[Mapping[str, Tensor], Tensor, Tensor], Mapping[str, Tensor]]
+    """What the image tower gave, ids (B, T) and lengths (B,) to the fused fields by name, among
+    them ``fused_tokens`` (B, T, D); the mask of these is added here."""
+
+
+def as_given_out(array: Tensor) -> Tensor:
+    """Numbers as float32; masks, places and classes as they are."""
+    return array.float() if array.is_floating_point() else array
+
+
 class Encoder:
     """A :class:`mmc.extract.backbones.base.Backbone` from one or two towers.
 
@@ -58,6 +73,7 @@ class Encoder:
         *,
         image: ImageTower | None,
         text: TextTower | None,
+        fused: FusedTower | None = None,
         device: str,
         dtype: torch.dtype,
         identity: dict[str, Any],
@@ -66,6 +82,7 @@ class Encoder:
     ) -> None:
         self._image = image
         self._text = text
+        self._fused = fused
         self._device = torch.device(device)
         self._dtype = dtype
         self._normalize = Normalizer(image.transform).to(self._device) if image else None
@@ -86,10 +103,10 @@ class Encoder:
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor, fields: Sequence[str]) -> dict[str, Tensor]:
-        """``image`` (B, D) and ``image_tokens`` (B, P, Dv), float32, of uint8 (B, 3, H, W)."""
+        """``image`` (B, D), ``image_tokens`` (B, P, Dv), …: float32, of uint8 (B, 3, H, W)."""
         check_fields(fields, self.fields, "image")
         found = self._image_fields(pixels)
-        return {name: found[name] for name in fields}
+        return {name: as_given_out(found[name]) for name in fields}
 
     @torch.no_grad()
     def encode_text(self, tokens: TokenBatch, fields: Sequence[str]) -> dict[str, Tensor]:
@@ -98,15 +115,30 @@ class Encoder:
         found = self._text_fields(tokens, states_wanted="text_tokens" in fields)
         return {name: found[name] for name in fields}
 
-    def _image_fields(self, pixels: Tensor) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def encode_fused(
+        self, pixels: Tensor, tokens: TokenBatch, fields: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Fused and image fields of uint8 images (B, 3, H, W) and the texts of the same samples.
+
+        The image tower runs once. Texts are used at their full length T, whatever the batch.
+        """
+        from_image = [name for name in fields if self._tower(name) == "image"]
+        check_fields([name for name in fields if name not in from_image], self.fields, "fused")
+        image = self._image_fields(pixels)
+        found = {name: as_given_out(image[name]) for name in from_image}
+        if len(from_image) < len(fields):
+            found |= self._fused_fields(image, tokens)
+        return {name: found[name] for name in fields}
+
+    def _tower(self, field: str) -> str | None:
+        return self.fields[field].tower if field in self.fields else None
+
+    def _image_fields(self, pixels: Tensor) -> Mapping[str, Tensor]:
         assert self._image is not None
         assert self._normalize is not None
         inputs = self._normalize(pixels.to(self._device, non_blocking=True), self._dtype)
-        pooled, patches = self._image.forward(inputs)
-        found = {"image": pooled.float()}
-        if patches is not None:
-            found["image_tokens"] = patches.float()
-        return found
+        return self._image.forward(inputs)
 
     def _text_fields(self, tokens: TokenBatch, states_wanted: bool) -> dict[str, Tensor]:
         assert self._text is not None
@@ -125,6 +157,18 @@ class Encoder:
             found["text_mask"] = columns < lengths[:, None]
         return found
 
+    def _fused_fields(self, image: Mapping[str, Tensor], tokens: TokenBatch) -> dict[str, Tensor]:
+        assert self._fused is not None
+        assert self._text is not None
+        ids = tokens.ids.to(self._device, non_blocking=True)
+        lengths = tokens.lengths.to(self._device, non_blocking=True)
+        given = self._fused.forward(image, ids, lengths)
+        found = {name: array.float() for name, array in given.items()}
+        found["fused_tokens"], found["fused_mask"] = masked_tokens(
+            given["fused_tokens"], lengths, self._text.length
+        )
+        return found
+
     @torch.no_grad()
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape per sample of every field, from one forward of each tower."""
@@ -133,5 +177,8 @@ class Encoder:
             gray = torch.full((1, 3, *self._image.transform.size), 128, dtype=torch.uint8)
             found |= self._image_fields(gray)
         if self._text is not None:
-            found |= self._text_fields(self._text.tokenize([""]), states_wanted=True)
+            empty = self._text.tokenize([""])
+            found |= self._text_fields(empty, states_wanted=True)
+            if self._fused is not None:
+                found |= self._fused_fields(found, empty)
         return {name: tuple(array.shape[1:]) for name, array in found.items()}

@@ -2,35 +2,42 @@
 
 Dual encoders (CLIP, SigLIP and the fixed-size SigLIP 2): ``image`` and ``text`` as
 ``get_image_features`` and ``get_text_features`` give them, not normalised; ``image_tokens`` the
-patches of the vision tower's ``last_hidden_state`` (class token left out), ``text_tokens`` the text
-tower's. Text encoders (BERT and its kin): ``text`` pooled as ``1_Pooling/config.json`` says, by the
-mean over real tokens where there is none; ``text_tokens`` the ``last_hidden_state``.
+patches of the vision tower's ``last_hidden_state`` in reading order, which for CLIP is before its
+last layer norm, and ``image_class`` its class token (CLIP); ``text_tokens`` the text tower's. Text
+encoders (BERT and its kin): ``text`` pooled as ``1_Pooling/config.json`` says, by the mean over
+real tokens where there is none; ``text_tokens`` the ``last_hidden_state``. Image encoders: see
+``hf_vision``. BLIP: see ``hf_blip``.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmc.extract.backbones.base import (
-    PROMPT,
     cast,
     device_name,
     sha256_json,
     versions,
     weights_sha256,
 )
-from mmc.extract.backbones.encoder import Encoder, ImageTower, TextTower
+from mmc.extract.backbones.encoder import Encoder, FusedTower, ImageTower, TextTower
+from mmc.extract.backbones.hf_blip import blip
 from mmc.extract.backbones.hf_files import (
     Files,
+    architecture,
+    check_image_size,
     image_transform,
     load_config,
     load_model,
     sentence_pooling,
 )
-from mmc.extract.backbones.hf_text import TextRules, Tokens
+from mmc.extract.backbones.hf_parts import Options, Parts
+from mmc.extract.backbones.hf_text import TextRules, Tokens, real_tokens
+from mmc.extract.backbones.hf_vision import IMAGE_ENCODERS, image_encoder
+from mmc.extract.backbones.lora import add_adapter
 from mmc.store import config as configs
 from mmc.store.errors import InputError
 
@@ -55,14 +62,6 @@ TEXT_ENCODERS = (
 DUAL_ENCODERS = ("clip", "siglip")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What goes in the brackets of an hf spec."""
-
-    pooling: Literal["mean", "cls", "max"] | None = None
-    """How a text encoder's tokens become one vector, instead of what its files say."""
-
-
 def load(
     name: str, options: dict[str, str], *, device: str, precision: str, max_text_tokens: int | None
 ) -> Encoder:
@@ -74,97 +73,146 @@ def load(
     settings = configs.build(Options, options, where=f"backbone hf:{name}")
     files = Files(name)
     config = load_config(files)
-    kind = config.model_type
-    if kind in DUAL_ENCODERS:
-        if settings.pooling is not None:
-            raise InputError(
-                f"hf:{name}: pooling is an option of text encoders; {kind} has its own"
-            )
-        model = load_model(files)
-        rules = _dual_text_rules(config)
-    elif kind in TEXT_ENCODERS:
-        model = load_model(files)
-        rules = _encoder_text_rules(files, model, settings.pooling)
-    else:
-        known = ", ".join((*DUAL_ENCODERS, *TEXT_ENCODERS))
+    load_parts = _family(files, config.model_type)
+    _check_options(files, config.model_type, settings)
+    parts = load_parts(files, config, settings)
+    return _build(files, config, parts, settings, device, precision, max_text_tokens)
+
+
+def _family(files: Files, kind: str) -> Callable[[Files, Any, Options], Parts]:
+    """The function that loads models of a ``model_type``."""
+    families: dict[str, Callable[[Files, Any, Options], Parts]] = {
+        **dict.fromkeys(DUAL_ENCODERS, _dual_encoder),
+        **dict.fromkeys(TEXT_ENCODERS, _text_encoder),
+        **dict.fromkeys(IMAGE_ENCODERS, image_encoder),
+        "blip": blip,
+    }
+    found = families.get(kind)
+    if found is None:
         more = "; use its fixed-size checkpoints, such as siglip2-base-patch16-224"
         raise InputError(
-            f"hf:{name}: models of type {kind!r} are not supported; supported are {known}"
-            + (more if kind == "siglip2" else "")
+            f"hf:{files.name}: models of type {kind!r} are not supported; supported are "
+            f"{', '.join(families)}" + (more if kind == "siglip2" else "")
         )
-    return _build(files, config, model, rules, device, precision, max_text_tokens)
+    return found
+
+
+def _check_options(files: Files, kind: str, options: Options) -> None:
+    """Raises InputError where an option is one of another family."""
+    for name, kinds, whose in (
+        ("pooling", TEXT_ENCODERS, "text encoders"),
+        ("tokens", ("clip",), "CLIP"),
+        ("enc_token", ("blip",), "BLIP"),
+    ):
+        if getattr(options, name) != getattr(Options, name) and kind not in kinds:
+            raise InputError(
+                f"hf:{files.name}: {name} is an option of {whose}; {kind} does not have it"
+            )
 
 
 def _build(
     files: Files,
     config: Any,
-    model: nn.Module,
-    rules: TextRules,
+    parts: Parts,
+    options: Options,
     device: str,
     precision: str,
     max_text_tokens: int | None,
 ) -> Encoder:
-    tokens = Tokens(files, rules, max_text_tokens)
-    dual = config.model_type in DUAL_ENCODERS
-    transform = image_transform(files) if dual else None
-    digest = weights_sha256(model.state_dict())
-    dtype = cast(model.eval().requires_grad_(False).to(device), precision)
+    tokens = Tokens(files, parts.rules, max_text_tokens) if parts.rules else None
+    transform = image_transform(files) if parts.image else None
+    if transform is not None:
+        check_image_size(files, transform, parts.image_size)
+    digest = weights_sha256(parts.model.state_dict())
+    adapter = add_adapter(parts.model, options.lora, base_weights=digest, where=f"hf:{files.name}")
+    dtype = cast(parts.model.eval().requires_grad_(False).to(device), precision)
     identity = {
-        "architecture": f"transformers {type(model).__name__}",
-        "config": sha256_json(_architecture(config)),
+        "architecture": f"transformers {type(parts.model).__name__}",
+        "config": sha256_json(architecture(config)),
         "weights": digest,
         "preprocessing": transform.as_dict() if transform else None,
-        "tokenizer": tokens.digest(),
-        "max_text_tokens": tokens.length,
-        "pooling": rules.pooling,
+        "tokenizer": tokens.digest() if tokens else None,
+        "max_text_tokens": tokens.length if tokens else None,
+        "pooling": parts.rules.pooling if parts.rules else "model",
         "precision": precision,
+        **parts.identity,
+        **adapter.identity,
     }
     context = {
         "name": str(Path(files.source).absolute()) if files.is_folder else files.name,
         "versions": versions("transformers", "tokenizers", "torchvision", "pillow"),
         "device": device_name(device),
+        **adapter.context,
     }
-    forward = _dual_text_forward if dual else _encoder_text_forward
     return Encoder(
-        image=ImageTower(transform=transform, forward=_image_forward(model)) if transform else None,
-        text=TextTower(
-            tokenize=tokens, forward=forward(model, rules.pooling), length=tokens.length
-        ),
+        image=ImageTower(transform=transform, forward=parts.image)
+        if transform and parts.image
+        else None,
+        text=TextTower(tokenize=tokens, forward=parts.text, length=tokens.length)
+        if tokens and parts.text
+        else None,
+        fused=FusedTower(forward=parts.fused) if parts.fused else None,
         device=device,
         dtype=dtype,
         identity=identity,
         context=context,
-        prompt_template=PROMPT if dual else "{label}",
+        prompt_template=parts.prompt,
     )
 
 
-def _architecture(config: Any) -> dict[str, Any]:
-    """The config without what does not change a number."""
-    noise = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: clean(item) for key, item in value.items() if key not in noise}
-        return value
-
-    kept: dict[str, Any] = clean(config.to_dict())
-    return kept
-
-
-def _dual_text_rules(config: Any) -> TextRules:
+def _dual_encoder(files: Files, config: Any, options: Options) -> Parts:
     """CLIP is causal and pools at the end token; SigLIP sees padding and pools the last slot."""
-    text = config.text_config
-    clip = config.model_type == "clip"
-    return TextRules(
+    model: Any = load_model(files)
+    text, clip = config.text_config, config.model_type == "clip"
+    projected = options.tokens == "projected"
+
+    def image_forward(inputs: Tensor) -> dict[str, Tensor]:
+        out = model.get_image_features(pixel_values=inputs)
+        states = out.last_hidden_state
+        if projected:
+            states = model.visual_projection(model.vision_model.post_layernorm(states))
+        if not clip:  # SigLIP has patches alone
+            return {"image": out.pooler_output, "image_tokens": states}
+        return {
+            "image": out.pooler_output,
+            "image_tokens": states[:, 1:],
+            "image_class": states[:, 0],
+        }
+
+    def text_forward(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        out = model.get_text_features(input_ids=ids)
+        return out.pooler_output, out.last_hidden_state
+
+    rules = TextRules(
         context=text.max_position_embeddings,
         cut="exact" if clip else "never",
         # Configs from before transformers 4.31 say 2; then the largest id is the end token.
         pooled_token=("largest" if text.eos_token_id == 2 else text.eos_token_id) if clip else None,
         pooling="model",
     )
+    return Parts(
+        model=model,
+        image=image_forward,
+        image_size=config.vision_config.image_size,
+        rules=rules,
+        text=text_forward,
+        identity={"tokens": options.tokens} if projected else {},
+    )
 
 
-def _encoder_text_rules(files: Files, model: Any, pooling: str | None) -> TextRules:
+def _text_encoder(files: Files, config: Any, options: Options) -> Parts:
+    model: Any = load_model(files)
+    rules = _text_encoder_rules(files, model, options.pooling)
+
+    def forward(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        mask = real_tokens(ids, lengths)
+        states = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return pool(states.float(), mask.bool(), rules.pooling), states
+
+    return Parts(model=model, rules=rules, text=forward, prompt="{label}")
+
+
+def _text_encoder_rules(files: Files, model: Any, pooling: str | None) -> TextRules:
     sentence = sentence_pooling(files, pooling)
     context = getattr(model.config, "max_position_embeddings", None) or 512
     # RoBERTa and its kin number positions from behind the padding's id.
@@ -174,34 +222,6 @@ def _encoder_text_rules(files: Files, model: Any, pooling: str | None) -> TextRu
     if sentence.max_length is not None:
         context = min(context, sentence.max_length)
     return TextRules(context=context, cut="exact", pooling=sentence.mode, lower=sentence.lower)
-
-
-def _image_forward(model: Any) -> Any:
-    # A vision tower with a class token has one position more than patches.
-    prefix = 1 if hasattr(model.vision_model.embeddings, "class_embedding") else 0
-
-    def forward(inputs: Tensor) -> tuple[Tensor, Tensor]:
-        out = model.get_image_features(pixel_values=inputs)
-        return out.pooler_output, out.last_hidden_state[:, prefix:]
-
-    return forward
-
-
-def _dual_text_forward(model: Any, pooling: str) -> Any:
-    def forward(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        out = model.get_text_features(input_ids=ids)
-        return out.pooler_output, out.last_hidden_state
-
-    return forward
-
-
-def _encoder_text_forward(model: Any, pooling: str) -> Any:
-    def forward(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-        states = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-        return pool(states.float(), mask, pooling), states
-
-    return forward
 
 
 def pool(states: Tensor, mask: Tensor, pooling: str) -> Tensor:

@@ -88,35 +88,63 @@ def load_config(files: Files) -> Any:
         return transformers.AutoConfig.from_pretrained(files.source)
 
 
+def architecture(config: Any) -> dict[str, Any]:
+    """The config without what does not change a number."""
+    noise = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items() if key not in noise}
+        return value
+
+    kept: dict[str, Any] = clean(config.to_dict())
+    return kept
+
+
 def load_tokenizer(files: Files) -> Any:
     """The model's tokenizer, the fast one where there is one."""
     with _explained(files, "the tokenizer"):
         return transformers.AutoTokenizer.from_pretrained(files.source)
 
 
-def load_model(files: Files) -> nn.Module:
-    """The bare model in float32 on the CPU, every weight of it from the files.
+def load_model(files: Files, kind: Any = transformers.AutoModel) -> nn.Module:
+    """The model in float32 on the CPU, every weight of it from the files.
 
-    A pooler on top of a text encoder is dropped: nothing here uses it, and where a checkpoint has
-    none it would be random.
+    A pooler on top of an encoder is dropped: nothing here uses it, and where a checkpoint has none
+    it would be random.
+
+    Args:
+        files: where the weights are.
+        kind: the class of transformers; the bare model when not given.
 
     Raises:
         InputError: weights are missing or do not fit.
     """
     with _explained(files, "the weights"), _quiet():
-        model, report = transformers.AutoModel.from_pretrained(
-            files.source, dtype=torch.float32, output_loading_info=True
+        model, report = kind.from_pretrained(
+            files.source,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused below with their sizes
         )
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
-    wrong = sorted(str(key) for key in report["mismatched_keys"])
-    if missing or wrong:
-        named = ", ".join((missing + wrong)[:3])
-        more = f" and {len(missing + wrong) - 3} more" if len(missing + wrong) > 3 else ""
-        raise InputError(f"hf:{files.name}: the weights lack or do not fit {named}{more}")
+    faults = [
+        f"{key} is {list(found)}, the model has {list(wanted)}"
+        for key, found, wanted in sorted(report["mismatched_keys"])
+    ]
+    faults += [f"{key} is missing" for key in sorted(report["missing_keys"]) if _is_needed(key)]
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise InputError(
+            f"hf:{files.name}: the weights do not fit the model: {'; '.join(faults[:3])}{more}"
+        )
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
     kept: nn.Module = model
     return kept
+
+
+def _is_needed(key: str) -> bool:
+    return not key.startswith("pooler.")
 
 
 @contextmanager
@@ -179,8 +207,20 @@ def sentence_pooling(files: Files, wanted: str | None) -> SentencePooling:
     return SentencePooling(chosen[0], length, lower)
 
 
+def check_image_size(files: Files, transform: ImageTransform, image_size: Any) -> None:
+    """Raises InputError where pictures come in another size than positions were learned for."""
+    if image_size is None:
+        return
+    wanted = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if transform.size != wanted:
+        raise InputError(
+            f"hf:{files.name}: its image processor gives {transform.size[0]} x {transform.size[1]} "
+            f"pixels, the model takes {wanted[0]} x {wanted[1]}; correct preprocessor_config.json"
+        )
+
+
 def image_transform(files: Files) -> ImageTransform:
-    """The image processor of a dual encoder as numbers.
+    """The image processor of a model as numbers.
 
     Raises:
         InputError: the processor does something that gives no fixed size.

@@ -17,6 +17,8 @@ class TextRules:
 
     context: int
     """Tokens that the model takes at most."""
+    default: int | None = None
+    """Tokens that are kept unless the user says; None: as many as it takes."""
     cut: Literal["exact", "never"]
     """Whether columns after a row's end may be left out without changing its result."""
     pooling: str
@@ -27,6 +29,11 @@ class TextRules:
     """Lower the text first."""
 
 
+def real_tokens(ids: Tensor, lengths: Tensor) -> Tensor:
+    """Which of ids (B, T) are real, int64 0 or 1, as attention masks are given."""
+    return (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+
+
 class Tokens:
     """Texts to :class:`TokenBatch`; padding is always on the right and always whole."""
 
@@ -35,7 +42,7 @@ class Tokens:
         self._rules = rules
         # Tokenizers without a limit of their own say 1e30.
         context = min(rules.context, int(min(self._tokenizer.model_max_length, 2**31 - 1)))
-        self.length = context if max_text_tokens is None else max_text_tokens
+        self.length = max_text_tokens or min(context, rules.default or context)
         if self.length > context:
             raise InputError(
                 f"max_text_tokens {self.length} is more than the model's context of {context}"
@@ -70,6 +77,11 @@ class Tokens:
         if wanted is None:
             return torch.zeros(len(ids), dtype=torch.int64)
         return (ids == wanted).int().argmax(1)
+
+    def texts(self, ids: Tensor) -> list[str]:
+        """The words of ids (B, any), special tokens left out."""
+        decoded = self._tokenizer.batch_decode(ids.cpu(), skip_special_tokens=True)
+        return [" ".join(text.split()) for text in decoded]
 
     def digest(self) -> str:
         """Hash of what decides the ids of a text."""

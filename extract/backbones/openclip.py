@@ -1,20 +1,13 @@
 """open_clip models: ``open_clip:MODEL/TAG``, ``open_clip:MODEL/CHECKPOINT``, ``open_clip:FOLDER``.
 
 Fields: ``image`` and ``text`` as ``encode_image`` and ``encode_text`` give them, not normalised;
-``image_tokens``: the patch tokens (P, Dv) after the last layer norm and before the projection,
-class token left out (ResNets: the last 7 x 7 grid in reading order; CoCa: the queries of its
-attentional pooler); ``text_tokens``: token states after the last layer norm, before the projection.
+``image_tokens``: the grid of tokens (P, Dv) in reading order, and ``image_class`` the class token,
+where there is one (see ``openclip_image``); ``text_tokens``: token states after the last layer
+norm, before the projection.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from open_clip.modified_resnet import ModifiedResNet
-from open_clip.timm_model import TimmModel
-from open_clip.transformer import VisionTransformer
-from torch import Tensor
+from typing import Any, Literal
 
 from mmc.extract.backbones.base import (
     cast,
@@ -24,6 +17,8 @@ from mmc.extract.backbones.base import (
     weights_sha256,
 )
 from mmc.extract.backbones.encoder import Encoder, ImageTower
+from mmc.extract.backbones.lora import add_adapter
+from mmc.extract.backbones.openclip_image import image_forward
 from mmc.extract.backbones.openclip_text import text_tower, tokenizer_digest, tokenizer_for
 from mmc.extract.backbones.openclip_weights import find_source, load_model
 from mmc.extract.transforms import ImageTransform
@@ -36,6 +31,11 @@ class Options:
 
     quick_gelu: bool = False
     """Use QuickGELU, as OpenAI's weights need; set by itself for tags that are known to need it."""
+    tokens: Literal["states", "projected"] = "states"
+    """Image tokens and class token as the tower's states, or each projected into the shared space
+    (last layer norm and projection), where they can be compared with texts."""
+    lora: str | None = None
+    """Folder of a LoRA adapter that is merged into the weights."""
 
 
 def load(
@@ -46,10 +46,12 @@ def load(
     Raises:
         InputError: see :func:`mmc.extract.backbones.load_backbone`.
     """
-    settings = config.build(Options, options, where=f"backbone open_clip:{name}")
+    where = f"open_clip:{name}"
+    settings = config.build(Options, options, where=f"backbone {where}")
     source = find_source(name)
     model, model_config = load_model(source, quick_gelu=settings.quick_gelu)
     digest = weights_sha256(model.state_dict())
+    adapter = add_adapter(model, settings.lora, base_weights=digest, where=where)
     dtype = cast(model.eval().requires_grad_(False).to(device), precision)
     transform = image_transform(model.visual.preprocess_cfg)
     tokenizer = tokenizer_for(source)
@@ -63,14 +65,22 @@ def load(
         "max_text_tokens": text.length,
         "pooling": "model",
         "precision": precision,
+        **adapter.identity,
     }
+    projected = settings.tokens == "projected"
+    if projected:
+        identity["tokens"] = settings.tokens
     context = {
         "name": source.resolved,
         "versions": versions("open_clip_torch", "torchvision", "pillow"),
         "device": device_name(device),
+        **adapter.context,
     }
     return Encoder(
-        image=ImageTower(transform=transform, forward=_image_forward(model.visual, precision)),
+        image=ImageTower(
+            transform=transform,
+            forward=image_forward(model.visual, precision, projected=projected, where=where),
+        ),
         text=text,
         device=device,
         dtype=dtype,
@@ -105,36 +115,3 @@ def _three(values: float | tuple[float, ...] | list[float]) -> tuple[float, floa
     )
     red, green, blue = numbers
     return red, green, blue
-
-
-def _image_forward(visual: Any, precision: str) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
-    """The function from normalised images to pooled features and patch tokens."""
-    if isinstance(visual, VisionTransformer):
-        visual.output_tokens = True
-        return lambda x: visual(x)
-    # Convolutions of bfloat16 are about twice as fast in this layout; float32 keeps the library's
-    # own, for its very rounding.
-    layout = torch.channels_last if precision == "bf16" else torch.contiguous_format
-    visual.to(memory_format=layout)
-    if isinstance(visual, ModifiedResNet):
-        return lambda x: _resnet_forward(visual, x.contiguous(memory_format=layout))
-    if isinstance(visual, TimmModel):
-        return lambda x: _timm_forward(visual, x.contiguous(memory_format=layout))
-    return lambda x: (visual(x), None)
-
-
-def _resnet_forward(visual: ModifiedResNet, x: Tensor) -> tuple[Tensor, Tensor]:
-    found = visual.forward_intermediates(x, indices=1)
-    return found["image_features"], found["image_intermediates"][-1].flatten(2).transpose(1, 2)
-
-
-def _timm_forward(visual: TimmModel, x: Tensor) -> tuple[Tensor, Tensor]:
-    """timm: a model is its features followed by its head."""
-    trunk = visual.trunk
-    features = trunk.forward_features(x)
-    pooled = visual.head(trunk.forward_head(features))
-    if features.ndim == 3:
-        return pooled, features[:, getattr(trunk, "num_prefix_tokens", 0) :]
-    if getattr(trunk, "output_fmt", "NCHW") == "NHWC":
-        return pooled, features.flatten(1, 2)
-    return pooled, features.flatten(2).transpose(1, 2)

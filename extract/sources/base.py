@@ -1,17 +1,20 @@
 """What the parts of a source hand to each other."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from mmc.extract.sources.cells import as_text
 from mmc.extract.sources.splits import parse_split_by
 from mmc.store.errors import InputError
 
 Task = Literal["binary", "multiclass", "multilabel"]
+LabelLevel = Literal["top", "leaf", "all"]
+LEVELS = get_args(LabelLevel)
 
 NO_COLUMN = "-"
 """As a column option: the source has no such column, whatever its header says."""
@@ -55,6 +58,22 @@ class SourceOptions:
     cp1252 with a warning where that fails."""
     task: Task | None = None
     """binary, multiclass or multilabel. Recognised from the labels when not given."""
+    merge_labels: str | None = None
+    """Labels to join, such as "racist,sexist=hate;nothate=ok": names without regard to case where
+    that is unambiguous. Votes of annotators are merged before they are counted."""
+    missing_labels: str | None = None
+    """Label cells that mean "not labelled", comma separated; `-` = none, all are names. When not
+    given: NA, None, null, nan and the like, where there are other labels beside them."""
+    label_level: LabelLevel = "all"
+    """Which labels of a tag tree: top (those that have no parent; a label counts for all above
+    it), leaf (those that have none below them) or all, as they are given."""
+    ties: str = "unlabelled"
+    """What a sample gets for which no label has the most votes: unlabelled (it stays in the store),
+    first (of the tied labels, the one that was given first), drop (it is left out), or a label's
+    name."""
+    dedupe: bool = False
+    """Drop samples that have the same image and the same text as another: the test copy stays
+    before the val copy, that before the train copy, else the first one."""
     text_template: str | None = None
     """Join columns into the text, such as "{title} [SEP] {text}"."""
     allow_absolute_paths: bool = False
@@ -62,11 +81,17 @@ class SourceOptions:
 
     need_images: bool = True
     """Whether pictures must be there; predictions of a run that reads none go without."""
+    need_merged_labels: bool = True
+    """Whether each label that ``merge_labels`` names must be there; data to predict may lack it."""
 
     def __post_init__(self) -> None:
         if self.task not in (None, "binary", "multiclass", "multilabel"):
             raise InputError(
                 f"unknown task {self.task!r}; choose from binary, multiclass, multilabel"
+            )
+        if self.label_level not in LEVELS:
+            raise InputError(
+                f"unknown label level {self.label_level!r}; choose from {', '.join(LEVELS)}"
             )
         if self.label_separator == "":
             raise InputError("the label separator is empty; leave it out to have it recognised")
@@ -90,12 +115,30 @@ class Records:
     folder: str
     """Where relative image paths may start."""
     columns: pa.Table
-    """Text columns by header name; null = the record lacks it. Lists and objects are JSON text.
+    """Columns by header name; null = the record lacks it. Any type: columns with a role are read as
+    text (lists and objects as JSON), the others are carried as they are.
     Columns `image_offset` and `size` (int64) may say where in the file `image` a picture lies."""
     lines: NDArray[np.int64]
     """(N,) the line that each record starts on, from 1."""
     description: str
     """The file's kind in words, such as "tab separated"."""
+    place: Callable[[int], str] | None = None
+    """Of a row, for messages, where one file and a line do not say it; None = `where:line`."""
+    roles: Mapping[str, str] | None = None
+    """{id, image, text, labels, split -> column} of a format that knows its columns: what is not
+    in it is not there. None = recognised by the columns' names."""
+    label_set: tuple[str, ...] | None = None
+    """The labels that there are, in the format's own order, though no sample may have some of them.
+    Then a label cell is one name as it stands, or a JSON list of names: nothing is divided, and no
+    name means "missing". None = what the cells hold."""
+    label_tree: dict[str, list[str]] | None = None
+    """Parent -> children, where the format has a tree of labels."""
+    ids_in_folder: bool = False
+    """Ids are places below ``folder``: with several tables, the folders' names go before them."""
+    labels_merged: bool = False
+    """The format counts votes: it has applied ``options.ties`` and ``options.merge_labels``."""
+    has_places: bool = True
+    """int64 columns `image_offset` and `size` are places of pictures, not the user's own."""
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -127,13 +170,19 @@ class Part:
         return int(self.records.columns.num_rows)
 
     def column(self, name: str | None) -> pa.ChunkedArray:
-        """The cells under a header; all null where there is none."""
+        """The cells under a header as text; all null where there is none.
+
+        Raises:
+            InputError: the column holds bytes.
+        """
         if name is None:
             return pa.chunked_array([pa.nulls(len(self), pa.string())])
-        return self.records.columns[name]
+        return as_text(self.records.columns[name], f"{self.records.where}: column {shown(name)}")
 
     def where(self, row: int) -> str:
         """`file:line` of a row."""
+        if self.records.place is not None:
+            return self.records.place(row)
         return f"{self.records.where}:{self.records.lines[row]}"
 
 
@@ -147,6 +196,9 @@ class Samples:
     label_set: tuple[str, ...]
     task: str
     source: dict[str, Any]
-    """The recipe: spec, format, form, options, image_root, columns, label_separator, counts."""
+    """The recipe: spec, format, form, options, image_root, columns, label_separator, label_tree,
+    counts."""
     notes: list[str]
     warnings: list[str]
+    advice: list[str] = field(default_factory=list)
+    """What to know before training on it; predictions do not say it."""

@@ -10,12 +10,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from mmc.extract.sources import columns, splits
+from mmc.extract.sources import cells, columns, splits
 from mmc.extract.sources.base import Part, Samples, SourceOptions, shown
 from mmc.extract.sources.columns import Roles
+from mmc.extract.sources.duplicates import counts as counted
 from mmc.extract.sources.ids import check_filled, check_unique, find_ids
 from mmc.extract.sources.images import ImageColumn, Located, Where, locate_images
-from mmc.extract.sources.labels import Labels, read_labels, unlabelled
+from mmc.extract.sources.labels import Labels, missing_markers, read_labels, unlabelled
+from mmc.extract.sources.merge import Rules, parse_merge
 from mmc.extract.sources.texts import blank_to_null, text_of
 from mmc.store.errors import InputError
 
@@ -37,7 +39,9 @@ def build(spec: str, parts: Sequence[Part], options: SourceOptions) -> Samples:
     _tell_apart(parts)
     where = _Lines(parts)
     roles = [
-        columns.recognise(part.records.columns.column_names, options, part.records.where)
+        columns.recognise(
+            part.records.columns.column_names, options, part.records.where, part.records.roles
+        )
         for part in parts
     ]
     columns.check_asked(
@@ -72,8 +76,9 @@ def build(spec: str, parts: Sequence[Part], options: SourceOptions) -> Samples:
     check_unique(core, where)
     if any(_is_format_column(part, "size") for part in parts):
         core["size"] = _whole_numbers(parts, "size")
-    counts = _counts(core, images.missing)
-    notes += [*images.notes, *labels.notes, *_count_lines(counts, labels, options)]
+    table = pa.table({**core, **_other_columns(parts, roles, options)})
+    counts = {**counted(table), "missing_images": images.missing}
+    notes += [*images.notes, *labels.notes, *_count_lines(counts)]
     source = {
         "spec": spec,
         "format": parts[0].format,
@@ -86,20 +91,35 @@ def build(spec: str, parts: Sequence[Part], options: SourceOptions) -> Samples:
         "image_root": images.root,
         "columns": header,
         "label_separator": labels.separator,
+        "label_tree": _label_tree(parts, labels.merged),
         "counts": counts,
     }
     return Samples(
-        table=pa.table({**core, **_other_columns(parts, roles, options)}),
+        table=table,
         label_set=labels.names,
         task=labels.task,
         source=source,
         notes=notes,
+        advice=_advice(counts, labels, options),
         warnings=[
             *(warning for part in parts for warning in part.records.warnings),
             *images.warnings,
             *labels.warnings,
+            *_without_effect(parts, options),
         ],
     )
+
+
+def _without_effect(parts: Sequence[Part], options: SourceOptions) -> list[str]:
+    """Options that this source has no use for: said, as predictions inherit them."""
+    lines = []
+    if options.label_level != "all" and all(part.records.label_tree is None for part in parts):
+        lines.append(
+            f"label level {options.label_level} has no effect: this source has no tree of labels"
+        )
+    if options.ties != "unlabelled" and not any(part.records.labels_merged for part in parts):
+        lines.append(f"ties {options.ties} has no effect: this source has no annotators' votes")
+    return lines
 
 
 def _tell_apart(parts: Sequence[Part]) -> None:
@@ -202,17 +222,55 @@ def _labels(
         if options.task is not None:
             raise InputError(f"task {options.task} was asked for and the source has no labels")
         return unlabelled(len(split))
-    cells = _joined([part.column(role.labels) for part, role in zip(parts, roles, strict=True)])
+    written = _joined([part.column(role.labels) for part, role in zip(parts, roles, strict=True)])
     files = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     _, split_codes = np.unique(split.astype(str), return_inverse=True)
     return read_labels(
-        cells,
+        written,
         split_codes * len(parts) + files,
+        where=where,
         separator=options.label_separator,
         task=options.task,
-        where=where,
+        missing=missing_markers(options.missing_labels),
         kaggle=form == "kaggle",
+        label_set=_label_set(parts, roles),
+        merge=_merge_rules(parts, options),
+        need_merged=options.need_merged_labels,
     )
+
+
+def _merge_rules(parts: Sequence[Part], options: SourceOptions) -> Rules:
+    """Which labels to join, unless the formats have done so."""
+    if all(part.records.labels_merged for part in parts):
+        return ()
+    return parse_merge(options.merge_labels or "")
+
+
+def _label_set(parts: Sequence[Part], roles: Sequence[Roles]) -> tuple[str, ...] | None:
+    """The labels that the formats of all parts with labels know of, in their order."""
+    known: dict[str, None] = {}
+    for part, role in zip(parts, roles, strict=True):
+        if role.labels is None:
+            continue
+        records = part.records
+        if records.label_set is None or role.labels != (records.roles or {}).get("labels"):
+            return None
+        known |= dict.fromkeys(records.label_set)
+    return tuple(known)
+
+
+def _label_tree(parts: Sequence[Part], merged: dict[str, str]) -> dict[str, list[str]] | None:
+    """The trees of all parts as one, under the names that the labels have now."""
+    trees = [part.records.label_tree for part in parts if part.records.label_tree is not None]
+    if not trees:
+        return None
+    result: dict[str, dict[str, None]] = {}
+    for tree in trees:
+        for parent, children in tree.items():
+            name = merged.get(parent, parent)
+            below = (merged.get(child, child) for child in children)
+            result.setdefault(name, {}).update({child: None for child in below if child != name})
+    return {parent: list(children) for parent, children in result.items()}
 
 
 def _default_split(
@@ -268,7 +326,8 @@ def _whole_numbers(parts: Sequence[Part], name: str) -> pa.ChunkedArray:
 def _is_format_column(part: Part, name: str) -> bool:
     table = part.records.columns
     return (
-        name in ("image_offset", "size")
+        part.records.has_places
+        and name in ("image_offset", "size")
         and name in table.column_names
         and table.schema.field(name).type == pa.int64()
     )
@@ -288,38 +347,31 @@ def _other_columns(
                 wanted.setdefault(name, [])
     for name, arrays in wanted.items():
         arrays += [
-            part.column(name if name in part.records.columns.column_names else None)
+            part.records.columns[name]
+            if name in part.records.columns.column_names
+            else pa.chunked_array([pa.nulls(len(part))])
             for part in parts
         ]
     return {
-        f"user.{name}" if name in RESERVED else name: _joined(arrays)
+        f"user.{name}" if name in RESERVED else name: cells.joined(arrays, f"column {shown(name)}")
         for name, arrays in wanted.items()
     }
 
 
-def _counts(core: dict[str, Any], missing: int) -> dict[str, Any]:
-    names, numbers = np.unique(core["split"].to_pylist(), return_counts=True)
-    return {
-        "samples": len(core["id"]),
-        "images": len(core["image"]) - core["image"].null_count,
-        "missing_images": missing,
-        "texts": len(core["text"]) - core["text"].null_count,
-        "labelled": len(core["labels"]) - core["labels"].null_count,
-        "splits": dict(zip(names.tolist(), numbers.tolist(), strict=True)),
-    }
-
-
-def _count_lines(counts: dict[str, Any], labels: Labels, options: SourceOptions) -> list[str]:
+def _count_lines(counts: dict[str, Any]) -> list[str]:
     divided = ", ".join(
         f"{shown(name) or 'no split'} {count}" for name, count in counts["splits"].items()
     )
-    lines = [
+    return [
         f"{counts['samples']} samples ({divided}); {counts['images']} with an image,"
         f" {counts['texts']} with a text, {counts['labelled']} labelled"
     ]
-    if options.split_by is None and labels.names and "val" not in counts["splits"]:
-        lines.append(
-            "no val split: mmc train-head holds out a tenth of train for it; "
-            "--split-by hash:0.8,0.1,0.1 takes val and test from train for good"
-        )
-    return lines
+
+
+def _advice(counts: dict[str, Any], labels: Labels, options: SourceOptions) -> list[str]:
+    if options.split_by is not None or not labels.names or "val" in counts["splits"]:
+        return []
+    return [
+        "no val split: mmc train-head holds out a tenth of train for it; "
+        "--split-by hash:0.8,0.1,0.1 takes val and test from train for good"
+    ]

@@ -1,7 +1,7 @@
 """Which column is the id, the image, the text, the labels, the split: by name, or as told."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mmc.extract.sources.base import NO_COLUMN, SourceOptions, listed
@@ -58,6 +58,11 @@ class Roles:
         return {role: getattr(self, role) for role in ROLES}
 
 
+def option_of(role: str) -> str:
+    """The field of the options that names a role's column."""
+    return _OPTION[role]
+
+
 def plain(name: str) -> str:
     """A header name without case, spaces and punctuation between words."""
     return re.sub(r"[\s_.-]+", "", name.lower())
@@ -78,8 +83,16 @@ def missing_column(where: str, wanted: str, names: Sequence[str], option: str) -
     )
 
 
-def recognise(names: Sequence[str], options: SourceOptions, where: str) -> Roles:
+def recognise(
+    names: Sequence[str],
+    options: SourceOptions,
+    where: str,
+    given: Mapping[str, str] | None = None,
+) -> Roles:
     """The role of each column of one table; columns named by ``options`` may be missing.
+
+    Args:
+        given: what a format knows of its columns; the options go before it, and nothing is guessed.
 
     Raises:
         InputError: neither an image nor a text column.
@@ -92,8 +105,10 @@ def recognise(names: Sequence[str], options: SourceOptions, where: str) -> Roles
             found[role] = None
         elif asked is not None:
             found[role] = find_column(names, asked)
+        elif given is not None:
+            found[role] = given.get(role)
         else:
-            found[role], others = _by_name(names, _KNOWN[role])
+            found[role], others = by_name(names, role)
             if others:
                 notes.append(
                     f"{role}: from column {found[role]!r}, not {listed(others)};"
@@ -115,13 +130,15 @@ def recognise(names: Sequence[str], options: SourceOptions, where: str) -> Roles
     sure = image is not None and (
         options.image_column is not None
         or options.image_root is not None
+        or given is not None
         or plain(image) not in _IMAGE_IDS
     )
     return Roles(**found, sure_image=sure, notes=tuple(notes))
 
 
-def _by_name(names: Sequence[str], known: Sequence[str]) -> tuple[str | None, list[str]]:
+def by_name(names: Sequence[str], role: str) -> tuple[str | None, list[str]]:
     """The preferred column and the others that would do; image ids are no rivals of anything."""
+    known = _KNOWN[role]
     ranked = sorted(
         (name for name in names if plain(name) in known), key=lambda name: known.index(plain(name))
     )

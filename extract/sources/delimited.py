@@ -7,18 +7,25 @@ the end, and at any row whose number of fields is not the header's. What fails g
 end of a line and double spaces besides, so there every run of white space in a cell becomes one
 space; a well-formed file keeps its texts exactly.
 
+Two other ways of writing are taken as what they are, and said aloud: a backslash before each quote
+in a text (Spark, MySQL), where every row is well-formed then; and a space after each delimiter,
+where the header has one after each of its own.
+
 Values are kept as written: no cell becomes a number or a missing value. Rows without any content
 are skipped, columns without a name dropped.
 """
 
 import csv
 import gzip
+import io
 import os
 import sys
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -58,12 +65,13 @@ class Delimited:
         notes: list[str] = []
         warnings = [file.warning] if file.warning else []
         with _long_fields():
-            names, keep = _header(first, delimiter, file.name, notes)
+            spaced = _is_spaced(first, delimiter)
+            names, keep = _header(first, delimiter, spaced, file.name, notes)
+            form = _Form(file.name, delimiter, spaced, len(names))
             try:
-                chunks, lines = _strict(file, delimiter, len(names), warnings)
+                chunks, lines = _strict(file.stream(), form, warnings)
             except MalformedError as error:
-                chunks, lines, warning = _repaired(file, delimiter, len(names), error)
-                warnings.append(warning)
+                chunks, lines = _otherwise(file, form, warnings, error)
         if not lines:
             raise InputError(f"{file.name} has a header and no rows")
         arrays = [pa.chunked_array([chunk[at] for chunk in chunks], pa.string()) for at in keep]
@@ -113,12 +121,36 @@ def _delimiter(header: str, path: str) -> str:
     return max(_DELIMITERS, key=header.count)
 
 
-def _header(line: str, delimiter: str, where: str, notes: list[str]) -> tuple[list[str], list[int]]:
+@dataclass(frozen=True)
+class _Form:
+    """How a file is written."""
+
+    where: str
+    delimiter: str
+    spaced: bool
+    """A space follows each delimiter."""
+    width: int
+
+    def reader(self, stream: Iterable[str]) -> Any:
+        """A strict reader of its rows."""
+        return csv.reader(
+            stream, delimiter=self.delimiter, skipinitialspace=self.spaced, strict=True
+        )
+
+
+def _is_spaced(header: str, delimiter: str) -> bool:
+    """Whether a space follows each delimiter of the header: then it is no part of the values."""
+    cells = next(csv.reader([header], delimiter=delimiter))
+    return len(cells) > 1 and all(cell.startswith(" ") for cell in cells[1:])
+
+
+def _header(
+    line: str, delimiter: str, spaced: bool, where: str, notes: list[str]
+) -> tuple[list[str], list[int]]:
     """All header names and the places of the columns to keep."""
     try:
-        names = [
-            name.strip() for name in next(csv.reader([line], delimiter=delimiter, strict=True))
-        ]
+        reader = csv.reader([line], delimiter=delimiter, skipinitialspace=spaced, strict=True)
+        names = [name.strip() for name in next(reader)]
     except csv.Error as error:
         raise InputError(f"{where}:1: cannot read the header line: {error}") from None
     named = [name for name in names if name]
@@ -129,20 +161,22 @@ def _header(line: str, delimiter: str, where: str, notes: list[str]) -> tuple[li
         raise InputError(f"{where}:1: two columns are named {twice[0]!r}; rename one")
     if delimiter != ",":
         notes.append(f"{where}: columns are separated by {_DELIMITERS[delimiter]}")
+    if spaced:
+        notes.append(f"{where}: the space after each delimiter is no part of the values")
     if len(named) < len(names):
         notes.append(f"{where}: columns without a name left out: {len(names) - len(named)}")
     return names, [at for at, name in enumerate(names) if name]
 
 
 def _strict(
-    file: TextFile, delimiter: str, width: int, warnings: list[str]
+    stream: Iterable[str], form: _Form, warnings: list[str]
 ) -> tuple[list[list[pa.Array]], list[int]]:
     """The columns in chunks and the line of each row.
 
     Raises:
         MalformedError: a quote out of place, a row of another width.
     """
-    reader = csv.reader(file.stream(), delimiter=delimiter, strict=True)
+    reader = form.reader(stream)
     chunks: list[list[pa.Array]] = []
     rows: list[list[str]] = []
     lines: list[int] = []
@@ -150,15 +184,15 @@ def _strict(
     start = reader.line_num + 1
     try:
         for row in reader:
-            if len(row) != width:
+            if len(row) != form.width:
                 if any(cell.strip() for cell in row):
-                    raise MalformedError(start, width_problem(len(row), width))
+                    raise MalformedError(start, width_problem(len(row), form.width))
             elif any(row):
                 rows.append(row)
                 lines.append(start)
-                if reader.line_num > start and _holds_record(row, delimiter):
+                if reader.line_num > start and _holds_record(row, form.delimiter):
                     warnings.append(
-                        f"{file.name}:{start} holds, inside quotes, a line that looks like a"
+                        f"{form.where}:{start} holds, inside quotes, a line that looks like a"
                         " record; is a quote missing?"
                     )
                 if len(rows) == _CHUNK:
@@ -186,24 +220,40 @@ def _columns(rows: list[list[str]]) -> list[pa.Array]:
     return [pa.array(cells, pa.string()) for cells in zip(*rows, strict=True)]
 
 
-def _repaired(
-    file: TextFile, delimiter: str, width: int, error: MalformedError
-) -> tuple[list[list[pa.Array]], list[int], str]:
-    """The same as :func:`_strict` and what to say of the repair."""
+def _otherwise(
+    file: TextFile, form: _Form, warnings: list[str], error: MalformedError
+) -> tuple[list[list[pa.Array]], list[int]]:
+    """The same as :func:`_strict` for a file that is not well-formed.
+
+    Raises:
+        InputError: no other way of reading it makes sense of all rows.
+    """
     text = file.text()
+    if '\\"' in text:
+        said: list[str] = []
+        try:
+            found = _strict(io.StringIO(text.replace('\\"', '""'), newline=""), form, said)
+        except MalformedError:
+            pass
+        else:
+            warnings += [
+                *said,
+                f'{file.name}: quotes inside texts are written \\", first in the record of line'
+                f" {error.line}: read as quotes",
+            ]
+            return found
     try:
         if '"' not in text:
             raise error
-        rows, lines, repaired = recover(text, delimiter, width)
+        rows, lines, repaired = recover(text, form.delimiter, form.width)
         if not repaired:  # a fault that is none of quotes, such as a lone CR
             raise error
     except MalformedError as problem:
         raise InputError(f"{file.name}:{problem.line} {problem}") from None
     rows = [[" ".join(cell.split()) for cell in row] for row in rows]
-    chunks = [_columns(rows[at : at + _CHUNK]) for at in range(0, len(rows), _CHUNK)]
-    warning = (
+    warnings.append(
         f"{file.name}: {len(repaired)} of {len(rows)} records were malformed (quotes inside a text"
         f" not doubled, texts broken over lines) and repaired, first at line {repaired[0]}; runs of"
         " white space became one space"
     )
-    return chunks, lines, warning
+    return [_columns(rows[at : at + _CHUNK]) for at in range(0, len(rows), _CHUNK)], lines

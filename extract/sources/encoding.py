@@ -80,6 +80,19 @@ codecs.register_error("mmc.latin-1", _cp1252_gaps)
 _ERRORS = {"cp1252": "mmc.latin-1"}
 
 
+def decode_text(data: bytes, encoding: str | None = None) -> tuple[str, bool]:
+    """A short text, and whether its encoding had to be guessed: it is not UTF-8, or not the given.
+
+    What is not UTF-8 is read as cp1252; where ``encoding`` does not fit, U+FFFD stands.
+    """
+    try:
+        return data.decode("utf-8-sig" if encoding is None else encoding), False
+    except UnicodeError:
+        if encoding is not None:
+            return data.decode(encoding, "replace"), True
+        return data.decode("cp1252", _ERRORS["cp1252"]), True
+
+
 def _read_bytes(path: str) -> bytes:
     try:
         with open(path, "rb") as file:

@@ -43,16 +43,19 @@ def find_ids(
         "ids: no id column, so a row's number is its id (it changes when rows are put in between)"
     )
     several = len(parts) > 1
+    splits = Counter(part.split for part in parts)
+    # Where a split has several tables, only a table's own name tells its rows apart.
+    names = [
+        part.split if part.split and splits[part.split] == 1 else part.records.where
+        for part in parts
+    ]
     return pa.chunked_array(
         [
             pa.array(
-                [
-                    f"{part.split or part.records.where}-{n}" if several else str(n)
-                    for n in range(1, len(part) + 1)
-                ],
+                [f"{name}-{n}" if several else str(n) for n in range(1, len(part) + 1)],
                 pa.string(),
             )
-            for part in parts
+            for part, name in zip(parts, names, strict=True)
         ]
     )
 

@@ -54,6 +54,22 @@ class Cells:
             result.append(divide(text) if listed is None else listed)
         return result
 
+    def exact(self, label_set: Sequence[str]) -> list[list[str]]:
+        """The labels in each cell of a format that knows them: a name, or a JSON list of names."""
+        known = set(label_set)
+        result = []
+        for code, text in enumerate(self.texts):
+            listed = None if text in known else self._listed(code, text)
+            names = ([text] if text else []) if listed is None else listed
+            self.several |= listed is not None
+            unknown = [name for name in names if name not in known]
+            if unknown:
+                raise InputError(
+                    f"{self._place(code)}: {shown(unknown[0])} is none of the source's labels"
+                )
+            result.append(names)
+        return result
+
     def _listed(self, code: int, text: str) -> list[str] | None:
         """The items of a JSON or Python list; None when the cell is not one."""
         if (text[:1], text[-1:]) not in (("[", "]"), ("{", "}")):
@@ -117,7 +133,7 @@ class Cells:
             )
             return None
         words = {word for text in texts for word in text.split()}
-        if len(texts) >= _HINT_SHARE * len(words):
+        if words and len(texts) >= _HINT_SHARE * len(words):
             if self._kaggle:
                 return " "
             self.notes.append(

@@ -1,15 +1,21 @@
 """Labels: what they are called, which rows have none, which task they make.
 
-**Names** are kept as written, without outer spaces: NA, None and 007 are names. Repeats count once,
-empty parts are dropped. Where all names are integers, 1.0 is 1, and 01 is 1 if 1 occurs too.
-The label set is in natural order: 2 before 10.
+**Names** are kept as written, without outer spaces: 007 is a name. Repeats count once, empty parts
+are dropped. Where all names are integers, 1.0 is 1, and 01 is 1 if 1 occurs too. The label set is
+in natural order, 2 before 10, unless the format has an order of its own.
 
-**Empty cells.** A missing value (JSON null, no such key or column) is unlabelled. So is an empty
-cell where its whole split is empty. Another empty cell means "none of the labels" in a multi-label
-task and unlabelled in a single-label one.
+**Missing labels.** A missing value (JSON null, no such key or column) is unlabelled. So is a cell
+that holds nothing but a usual marker of that (``MARKERS``: NA, None, nan and so on), where other
+cells have labels; it is said aloud, and ``missing_labels`` changes it. So is an empty cell where
+its whole split is empty. Another empty cell means "none of the labels" in a multi-label task and
+unlabelled in a single-label one.
+
+**Merging** comes before the task is recognised. The merged label stands where the first of its
+labels stood when the format has an order.
 
 **Task.** multilabel: some cell holds several labels, a separator or a list, a separator is given,
-or there is only one label. Else binary with exactly two labels, multiclass with more.
+or there is only one label. Else binary with exactly two labels, multiclass with more. After a
+merge that leaves each sample exactly one label, separators and lists no longer count.
 """
 
 import re
@@ -23,9 +29,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from mmc.extract.sources.base import listed
+from mmc.extract.sources.base import NO_COLUMN, listed
 from mmc.extract.sources.label_cells import INTEGER, Cells
+from mmc.extract.sources.merge import Rules, merging
 from mmc.store.errors import InputError
+
+MARKERS = frozenset(
+    (
+        *("NA", "N/A", "n/a", "<NA>", "#N/A", "#N/A N/A", "#NA", "NULL", "null", "None"),
+        *("NaN", "nan", "-NaN", "-nan", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"),
+    )
+)
+"""What tables write for a missing value: the words that pandas reads as one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +54,8 @@ class Labels:
     """What stood between labels; null = nothing seen, or lists."""
     column: pa.ChunkedArray
     """(N,) list<int32> into ``names``, ascending; null = unlabelled."""
+    merged: dict[str, str] = field(default_factory=dict)
+    """{label: new name} of those that were merged."""
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -49,24 +66,41 @@ def unlabelled(rows: int) -> Labels:
     return Labels(names=(), task="unlabelled", separator=None, column=column)
 
 
+def missing_markers(text: str | None) -> frozenset[str] | None:
+    """``SourceOptions.missing_labels`` as a set; None = not given."""
+    if text is None:
+        return None
+    if text == NO_COLUMN:
+        return frozenset()
+    return frozenset(part.strip() for part in text.split(",") if part.strip())
+
+
 def read_labels(
     cells: pa.ChunkedArray,
     groups: NDArray[np.integer[Any]],
     *,
-    separator: str | None,
-    task: str | None,
     where: Callable[[int], str],
+    separator: str | None = None,
+    task: str | None = None,
+    missing: frozenset[str] | None = None,
     kaggle: bool = False,
+    label_set: tuple[str, ...] | None = None,
+    merge: Rules = (),
+    need_merged: bool = True,
 ) -> Labels:
     """Parse the label cells of all samples.
 
     Args:
         cells: (N,) string; null = unlabelled.
         groups: (N,) the split or file of each row, as a number.
+        where: `file:line` of a row, for messages.
         separator: given by the user, or None.
         task: given by the user, or None.
-        where: `file:line` of a row, for messages.
+        missing: cells that mean "unlabelled", given by the user, or None.
         kaggle: the table is of the Kaggle form, in which spaces separate labels.
+        label_set: see ``Records.label_set``.
+        merge: which labels to join.
+        need_merged: refuse to join labels that are not there.
 
     Raises:
         InputError: a cell that is no label, or labels that do not make ``task``.
@@ -74,6 +108,9 @@ def read_labels(
     encoded = cells.combine_chunks().dictionary_encode()
     codes = pc.fill_null(encoded.indices, -1).to_numpy().astype(np.int64)
     texts = encoded.dictionary.to_pylist()
+    notes: list[str] = []
+    if label_set is None:
+        _leave_out_missing(codes, texts, missing, notes)
     empty = np.array([not text.strip() for text in texts] + [False])  # [-1] is null
     codes[_in_empty_group(codes, empty, groups)] = -1
     if not (codes >= 0).any():
@@ -88,11 +125,11 @@ def read_labels(
     cut = Cells(
         [text if use else "" for text, use in zip(texts, used, strict=True)], place, kaggle=kaggle
     )
-    parts = cut.parts(separator)
-    spellings, notes = _one_spelling(parts)
-    names = natural_order(set(spellings.values()))
-    lengths = np.array([len({spellings[part] for part in cell}) for cell in parts])
-    found = _task(names, lengths, cut.several)
+    parts = cut.parts(separator) if label_set is None else cut.exact(label_set)
+    sets, names, merged = _named(parts, label_set, merge, need_merged, cut.notes)
+    lengths = np.array([len(cell) for cell in sets])
+    one_each = bool(merged) and bool((lengths[used] == 1).all())
+    found = _task(names, lengths, cut.several and not one_each)
     if task is not None:
         _check_task(task, names, lengths, place)
         found = task
@@ -104,11 +141,61 @@ def read_labels(
         names=names,
         task=found,
         separator=cut.separator,
-        column=_column(parts, spellings, names, np.where(known, codes, -1)),
-        notes=[*cut.notes, *notes],
+        column=_column(sets, names, np.where(known, codes, -1)),
+        merged=merged,
+        notes=[*notes, *cut.notes],
     )
     _say(result, int(nothing.sum()), known)
     return result
+
+
+def _named(
+    parts: Sequence[Sequence[str]],
+    label_set: tuple[str, ...] | None,
+    merge: Rules,
+    need_merged: bool,
+    notes: list[str],
+) -> tuple[list[set[str]], tuple[str, ...], dict[str, str]]:
+    """The labels of each cell under their final names, all names in order, and what was merged."""
+    if label_set is None:
+        name_of, said = _one_spelling(parts)
+        names = natural_order(set(name_of.values()))
+        notes += said
+    else:
+        name_of, names = {name: name for name in label_set}, label_set
+    merged = merging(merge, names, need_all=need_merged)
+    if merged:
+        name_of = {part: merged.get(name, name) for part, name in name_of.items()}
+        left = dict.fromkeys(merged.get(name, name) for name in names)
+        names = natural_order(set(left)) if label_set is None else tuple(left)
+        notes.append(f"labels: {len(merged)} merged, {len(names)} left")
+    return [{name_of[part] for part in cell} for cell in parts], names, merged
+
+
+def _leave_out_missing(
+    codes: NDArray[np.int64],
+    texts: Sequence[str],
+    missing: frozenset[str] | None,
+    notes: list[str],
+) -> None:
+    """Set the codes of cells that mean "unlabelled" to -1, and say so."""
+    markers = MARKERS if missing is None else missing
+    written = {text.strip() for text in texts} - {""}
+    found = sorted(written & markers)
+    if not found:
+        return
+    if missing is None and written <= markers:
+        notes.append(
+            f"labels: the only ones are {listed(found)}, so these are names;"
+            f" if they mean unlabelled, give --missing-labels {','.join(found)}"
+        )
+        return
+    gone = np.array([text.strip() in markers for text in texts] + [False])[codes]
+    codes[gone] = -1
+    notes.append(
+        f"labels: {int(gone.sum())} cells that hold {listed(found)} read as unlabelled; if that is"
+        " a label's name, give --missing-labels -"
+    )
 
 
 def natural_order(names: set[str]) -> tuple[str, ...]:
@@ -174,14 +261,11 @@ def _check_task(
 
 
 def _column(
-    parts: Sequence[Sequence[str]],
-    spellings: dict[str, str],
-    names: Sequence[str],
-    codes: NDArray[np.int64],
+    sets: Sequence[set[str]], names: Sequence[str], codes: NDArray[np.int64]
 ) -> pa.ChunkedArray:
     """The labels of each row as list<int32>, from those of each distinct cell; code -1 is null."""
     index = {name: at for at, name in enumerate(names)}
-    cells = [sorted({index[spellings[part]] for part in cell}) for cell in parts]
+    cells = [sorted(index[name] for name in cell) for cell in sets]
     lengths = np.array([len(cell) for cell in cells] + [0], np.int64)
     starts = np.cumsum(lengths) - lengths
     flat = np.array([label for cell in cells for label in cell], np.int32)

@@ -13,11 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmc.extract.sources.embedded import table_of
 from mmc.store.errors import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".JPG", ".JPEG", ".PNG")
 """Tried, in this order, on names that are not files as they stand."""
-BESIDE = ("", "data", "images", "img")
+BESIDE = ("", "data", "images", "Images", "img")
 """Folders beside a table that image paths may start from."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://?")
@@ -82,7 +83,7 @@ class Listing:
 
         A dangling link or a folder counts: it is reported when its turn to be read comes.
         """
-        folder, name = os.path.split(path)
+        folder, name = os.path.split(table_of(path)[0])
         names = self._folders.get(folder)
         if names is None:
             names = self._folders[folder] = self._list(folder)

@@ -14,7 +14,9 @@ import io
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 
+_SUFFIX = re.compile(r"\.[A-Za-z]\w{1,4}$")
 _SUPPORT = 0.02
 """A shape of leading columns counts when so many records begin with it (and at least 3 do)."""
 
@@ -88,13 +90,14 @@ def width_problem(fields: int, width: int) -> str:
 
 def shape(cell: str) -> Shape:
     """What a cell looks like."""
-    suffix = re.search(r"\.[A-Za-z]\w{1,4}$", cell)
+    suffix = _SUFFIX.search(cell)
     stem = cell[: suffix.start()] if suffix else cell
-    kinds = frozenset(
-        "9" if char.isdigit() else "a" if char.isalpha() else " " if char.isspace() else char
-        for char in stem
-    )
-    return (suffix.group().lower() if suffix else ""), kinds
+    return (suffix.group().lower() if suffix else ""), frozenset(map(_kind, set(stem)))
+
+
+@lru_cache(maxsize=1024)
+def _kind(char: str) -> str:
+    return "9" if char.isdigit() else "a" if char.isalpha() else " " if char.isspace() else char
 
 
 @dataclass
@@ -105,10 +108,15 @@ class _Record:
     """Its loose field begins with a quote."""
     closed_at: int = 0
     """Number of pieces up to the last that may end the record; 0 = none so far."""
+    closed: bool = False
+    """Whether the record may end here; blank lines after its end do not matter."""
 
-    def closed(self) -> bool:
-        """Whether the record may end here; blank lines after its end do not matter."""
-        return self.closed_at > 0 and not any(p.strip() for p in self.pieces[self.closed_at :])
+    def add(self, line: str, ends: bool) -> None:
+        """Take a line in; ``ends``: the record may end with it."""
+        self.pieces.append(line)
+        if ends:
+            self.closed_at = len(self.pieces)
+        self.closed = ends or (self.closed and not line.strip())
 
 
 @dataclass(frozen=True)
@@ -173,7 +181,8 @@ class _Grammar:
         self.width = width
         self.loose = loose
         cell, d = _cell(delimiter), re.escape(delimiter)
-        after = rf"((?:{d}{cell}){{{width - 1 - loose}}})\r?\Z"
+        blank = " " if delimiter == "\t" else r"[ \t]"
+        after = rf"((?:{d}{cell}){{{width - 1 - loose}}}){blank}*\r?\Z"
         self.before = re.compile(rf"(?:{cell}{d}){{{loose}}}")
         self.end = re.compile(rf'"{after}')
         self.quoted = re.compile(rf'"(.*)"{after}', re.DOTALL)
@@ -248,15 +257,13 @@ def _records(lines: list[str], first: int, grammar: _Grammar) -> list[_Record]:
         if start is not None and _begins(current, start[0], number, grammar):
             current = _Record(number, [], quoted=start[1].startswith('"'))
             records.append(current)
-        elif current is None or (current.closed() and not current.quoted):
+        elif current is None or (current.closed and not current.quoted):
             if not line.strip():
                 continue
             raise MalformedError(number, _width_problem(line, grammar))
         else:
             start = None
-        current.pieces.append(line)
-        if grammar.ends(line, start):
-            current.closed_at = len(current.pieces)
+        current.add(line, grammar.ends(line, start))
     if records:
         _require_closed(records[-1])
     return records
@@ -264,12 +271,12 @@ def _records(lines: list[str], first: int, grammar: _Grammar) -> list[_Record]:
 
 def _begins(current: _Record | None, cells: list[str], number: int, grammar: _Grammar) -> bool:
     """Whether a line built like a beginning is one."""
-    if current is None or (current.closed() and not current.quoted):
+    if current is None or (current.closed and not current.quoted):
         return True  # nothing is open that this line could continue
     if grammar.fits(cells):
         _require_closed(current)
         return True
-    if current.closed():
+    if current.closed:
         raise MalformedError(
             number,
             f"may begin a record or continue the text of line {current.line}: its first columns do"
@@ -279,7 +286,7 @@ def _begins(current: _Record | None, cells: list[str], number: int, grammar: _Gr
 
 
 def _require_closed(record: _Record) -> None:
-    if not record.closed():
+    if not record.closed:
         raise MalformedError(
             record.line, "opens a quote that is not closed before the next record begins; close it"
         )

@@ -2,7 +2,9 @@
 
 import hashlib
 import math
+import os
 import random
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,6 +23,7 @@ _NAMES = {
     "test": "test",
     "testing": "test",
 }
+_NUMBER = re.compile(r"[-_. ]*(?:shard|part)?[-_. ]*\d+(?:[-_. ]*of[-_. ]*\d+)?$", re.IGNORECASE)
 _METHODS = ("hash", "stratified")
 _SEED = 0
 
@@ -28,6 +31,23 @@ _SEED = 0
 def split_named(name: str) -> str | None:
     """train, val or test when ``name`` means one of them."""
     return _NAMES.get(name.strip().lower())
+
+
+def split_of_file(path: str) -> str | None:
+    """The split in a file's name: `train.csv`, `val-00000-of-00003.parquet`, `test_7.tar`."""
+    stem = os.path.basename(path).partition(".")[0]
+    return split_named(stem) or split_named(_NUMBER.sub("", stem))
+
+
+def numbered(name: str) -> bool:
+    """Whether a file's name says that it is one of several: `train-00000-of-00003.parquet`."""
+    return bool(_NUMBER.search(name.partition(".")[0]))
+
+
+def without_number(name: str) -> str:
+    """What the names of the pieces of one table share."""
+    stem, _, suffix = name.partition(".")
+    return f"{_NUMBER.sub('', stem)}.{suffix}"
 
 
 def normalise(name: str) -> str:

@@ -1,32 +1,42 @@
 """Binary cross-entropy per label.
 
 ``softplus(x) - x y`` with logits x and targets y; with a weight w on the positives
-``w y softplus(-x) + (1 - y) softplus(x)``. Mean over the known entries of the batch.
+``w y softplus(-x) + (1 - y) softplus(x)``.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmc.heads.losses.base import PRIOR_SMOOTHING, Loss, balance, widened
-from mmc.store.errors import InputError
+from mmc.heads.losses.base import (
+    PRIOR_SMOOTHING,
+    Loss,
+    PosWeight,
+    Reduction,
+    balance,
+    check_cap,
+    reduced,
+    split_known,
+    widened,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BCEConfig:
     """Settings of the binary cross-entropy."""
 
-    pos_weight: Literal["none", "auto", "cap"] = "none"
+    pos_weight: PosWeight = "none"
     """Weight of a label's positives: none = 1; auto = negatives / positives in the training rows;
     cap = the same, at most ``pos_weight_cap``."""
     pos_weight_cap: float = 20.0
     """Largest weight under ``pos_weight=cap``."""
+    reduction: Reduction = "mean"
+    """``mean`` over the known elements; ``sum`` of them; ``sum_per_sample_mean`` = sum over labels,
+    mean over samples."""
 
     def __post_init__(self) -> None:
-        if not self.pos_weight_cap > 0:
-            raise InputError(f"loss.pos_weight_cap must be above 0, got {self.pos_weight_cap}")
+        check_cap(self.pos_weight_cap)
 
 
 class BCE(Loss):
@@ -49,17 +59,15 @@ class BCE(Loss):
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         logits = widened(logits)
-        targets = targets.to(logits.dtype)
+        targets, known = split_known(targets, logits.dtype)
         weights = self.weights.to(logits.dtype) if self.weighted else None
-        # Masking costs a tenth of a linear head's step on a CPU, so look first; on other devices
-        # looking would wait for the device, and masking is cheap.
-        if targets.device.type == "cpu" and targets.numel() and targets.min() >= 0:
+        if known is None and self.config.reduction == "mean":
+            # One pass instead of two.
             return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights)
-        known = (targets >= 0).to(logits.dtype)
-        total = F.binary_cross_entropy_with_logits(
-            logits, targets.clamp(min=0), weight=known, pos_weight=weights, reduction="sum"
+        elements = F.binary_cross_entropy_with_logits(
+            logits, targets, pos_weight=weights, reduction="none"
         )
-        return total / known.sum().clamp(min=1)
+        return reduced(elements, known, self.config.reduction)
 
     def prior(self) -> Tensor:
         return self.best_constant

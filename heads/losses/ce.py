@@ -1,4 +1,4 @@
-"""Softmax cross-entropy over the classes: ``-log softmax(x)[k]``, mean over the known rows.
+"""Softmax cross-entropy over the classes: ``-log softmax(x)[k]``.
 
 With class weights the mean divides by the sum of the weights of the rows' classes.
 """
@@ -9,23 +9,45 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmc.heads.losses.base import PRIOR_SMOOTHING, Loss, balance, widened
-from mmc.store.errors import InputError
+from mmc.heads.losses.base import (
+    PRIOR_SMOOTHING,
+    Loss,
+    PosWeight,
+    balance,
+    check_cap,
+    check_share,
+    widened,
+)
+
+ClassReduction = Literal["mean", "sum"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CEConfig:
     """Settings of the softmax cross-entropy."""
 
-    pos_weight: Literal["none", "auto", "cap"] = "none"
+    pos_weight: PosWeight = "none"
     """Weight of a row by its class: none = 1; auto = rows / (classes x rows of the class) in the
     training rows; cap = the same, at most ``pos_weight_cap``."""
     pos_weight_cap: float = 20.0
     """Largest weight under ``pos_weight=cap``."""
+    reduction: ClassReduction = "mean"
+    """``mean`` over the known rows, or their ``sum``."""
 
     def __post_init__(self) -> None:
-        if not self.pos_weight_cap > 0:
-            raise InputError(f"loss.pos_weight_cap must be above 0, got {self.pos_weight_cap}")
+        check_cap(self.pos_weight_cap)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmoothCEConfig(CEConfig):
+    """Settings of the softmax cross-entropy with smoothed targets."""
+
+    smoothing: float = 0.1
+    """Share of a target that is spread evenly over all classes, its own among them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("smoothing", self.smoothing)
 
 
 class CE(Loss):
@@ -39,17 +61,28 @@ class CE(Loss):
     def __init__(self, config: CEConfig, positives: Tensor, known: Tensor) -> None:
         super().__init__(config, positives, known)
         positives = positives.double()
-        mean_rows = positives.sum() / len(positives)
-        weights = balance(config.pos_weight, config.pos_weight_cap, positives, mean_rows)
+        self.smoothing = getattr(config, "smoothing", 0.0)
+        weights = class_weights(config, positives)
         self.weighted = config.pos_weight != "none"
-        mass = weights * (positives + PRIOR_SMOOTHING)
+        counts = positives + PRIOR_SMOOTHING
+        spread = self.smoothing * counts.mean()
+        mass = weights * ((1 - self.smoothing) * counts + spread)
         self.register_buffer("weights", weights.float())
         self.register_buffer("best_constant", (mass / mass.sum()).log().float())
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         logits = widened(logits)
         weights = self.weights.to(logits.dtype) if self.weighted else None
-        total = F.cross_entropy(logits, targets, weight=weights, ignore_index=-1, reduction="sum")
+        total = F.cross_entropy(
+            logits,
+            targets,
+            weight=weights,
+            ignore_index=-1,
+            reduction="sum",
+            label_smoothing=self.smoothing,
+        )
+        if self.config.reduction == "sum":
+            return total
         known = (targets >= 0).to(logits.dtype)
         if weights is not None:
             known = known * weights[targets.clamp(min=0)]
@@ -58,3 +91,15 @@ class CE(Loss):
 
     def prior(self) -> Tensor:
         return self.best_constant
+
+
+class SmoothCE(CE):
+    """Cross-entropy with targets ``(1 - e) onehot + e / C`` (Szegedy et al. 2016)."""
+
+    Config = SmoothCEConfig
+
+
+def class_weights(config: CEConfig, positives: Tensor) -> Tensor:
+    """Weight (C,) of a row of each class, as ``pos_weight`` says; float64."""
+    mean_rows = positives.sum() / len(positives)
+    return balance(config.pos_weight, config.pos_weight_cap, positives, mean_rows)

@@ -25,9 +25,51 @@ HEADS: tuple[Entry, ...] = (
         needs="two or more pooled fields",
     ),
     Entry(
+        "ensemble",
+        "mmc.heads.models.ensemble:Ensemble",
+        "one classifier per field, and weights of the fields for every label",
+        needs="two or more pooled fields",
+    ),
+    Entry(
+        "boost",
+        "mmc.heads.models.boost:Boost",
+        "stages added to a finished run (--set head.base=RUN), each on what is still wrong",
+        needs="any pooled fields, and what the base run reads",
+    ),
+    Entry(
+        "gat",
+        "mmc.heads.models.gat:GAT",
+        "graph attention: labels that go together share what they learn; for many rare labels",
+        needs="any pooled fields; label texts where there are any",
+    ),
+    Entry(
         "zero_shot",
         "mmc.heads.models.zero_shot:ZeroShot",
         "cosine with the label texts; nothing is trained: the floor every head must beat",
-        needs="one pooled field of a backbone with label texts",
+        needs="`image` or `text` of a backbone with label texts",
+    ),
+    Entry(
+        "ml_decoder",
+        "mmc.heads.models.ml_decoder:MLDecoder",
+        "queries look at the tokens, one per group of labels; or one per label text",
+        needs="tokens of images, texts or both",
+    ),
+    Entry(
+        "fusion",
+        "mmc.heads.models.fusion:Fusion",
+        "a transformer encoder over the tokens of all fields, and a class token",
+        needs="tokens or pooled fields",
+    ),
+    Entry(
+        "dm_decoder",
+        "mmc.heads.models.dm_decoder:DMDecoder",
+        "label texts and image tokens read each other (ADDS); scores labels never seen in training",
+        needs="image tokens of a backbone with label texts",
+    ),
+    Entry(
+        "vilbert",
+        "mmc.heads.models.vilbert:Vilbert",
+        "two streams, regions and text, that read each other; loads the official ViLBERT weights",
+        needs="regions, boxes and text tokens",
     ),
 )

@@ -3,11 +3,16 @@
 Shapes: B samples in a batch, C labels, D values of one field.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
+
+from mmc.store.errors import InputError
+
+if TYPE_CHECKING:
+    from mmc.heads.featureref import FeatureRef
 
 Batch = dict[str, Tensor]
 """Role -> values of a batch, (B, ...) each."""
@@ -26,6 +31,27 @@ class Stage:
     """Keys of the prepared batch that ``score`` reads; None: all of them."""
     score: Callable[[Batch], Tensor] | None = None
     """Prepared batch -> logits (B, C) that this stage trains and validates; None: the head's."""
+    needed: Callable[[], bool] | None = None
+    """Asked before the stage; False passes it over."""
+    finish: Callable[[Callable[[], float]], str] | None = None
+    """Called after the stage, when its best parameters are in the head, with a function that
+    measures ``score`` as it then is on the validation rows (more is better): keep what the stage
+    learned or take it back, and say which."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """An input that a head finds by itself among the fields of an alias.
+
+    A field's mask (``text_mask`` of ``text_tokens`` ...) comes with it, unasked.
+    """
+
+    fields: tuple[str, ...]
+    """Any of these, the first that the alias has."""
+    optional: bool = False
+    """The head does without it, as long as another need is met."""
+    one: bool = False
+    """It takes one such field, so that two aliases which have it are a question to the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +74,21 @@ class Head(nn.Module):
     """Frozen keyword-only dataclass of the head's own settings."""
     reads: ClassVar[Literal["pooled", "any"]] = "pooled"
     """"pooled": fields of shape (D,); "any": tokens and others as well."""
+    needs: ClassVar[tuple[Need, ...]] = ()
+    """What a head of tokens reads of each alias unless the user names fields."""
+    extras: ClassVar[tuple[str, ...]] = ()
+    """Fields that it reads besides, where the alias of a chosen field has them: ``boxes`` with
+    ``regions``, ``image_places`` and ``image_class`` with ``image_tokens``."""
     min_inputs: ClassVar[int] = 1
     max_inputs: ClassVar[int | None] = None
     wants_label_text: ClassVar[bool] = False
     """The label texts of the (one) alias that the head reads are passed to it."""
+    takes_label_text: ClassVar[bool] = False
+    """The label texts of an alias that the head reads are passed to it where there are any."""
+    card: ClassVar[str] = ""
+    """What a reader of the model card should know of this head: a sentence or two, or nothing."""
+    largest_batch: int | None = None
+    """No default batch is larger, whatever the device: samples of many tokens take much memory."""
     learning_rate: float = 1e-3
     """Default at a batch of 256 samples; the trainer scales it with the batch. A head may set its
     own once it knows its inputs."""
@@ -68,6 +105,26 @@ class Head(nn.Module):
         self.inputs = dict(inputs)
         self.num_labels = num_labels
         self.config = config
+
+    @classmethod
+    def completed(
+        cls,
+        config: Any,
+        features: "Mapping[str, FeatureRef]",
+        label_set: Sequence[str],
+        task: str,
+    ) -> Any:
+        """``config`` with everything that it refers to, so that a run needs nothing else.
+
+        Called once, before the training; what it returns is what the run records.
+
+        Args:
+            features: by role, what the head will read.
+
+        Raises:
+            InputError: what it refers to does not go with these features or labels.
+        """
+        return config
 
     def forward(self, batch: Batch) -> Tensor:
         """Fields as they are stored, (B, ...) by role -> logits (B, C)."""
@@ -91,6 +148,12 @@ class Head(nn.Module):
         The default needs nothing and reads nothing.
         """
 
+    def fit_labels(self, indptr: Tensor, indices: Tensor) -> None:
+        """Look at which labels occur together; before any training, on the CPU.
+
+        Row i of the training rows has the labels ``indices[indptr[i]:indptr[i + 1]]``, int64.
+        """
+
     def set_prior(self, logits: Tensor) -> None:
         """Start from the best constant answer: (C,) goes into the biases on the logits.
 
@@ -98,8 +161,48 @@ class Head(nn.Module):
         mAP.
         """
 
-    def fit_validation(self, prepared: Batch, targets: Tensor, task: str) -> None:
-        """Set what is not trained but fitted on the validation rows.
+    def fit_validation(
+        self, prepared: Batch, targets: Tensor, task: str, metric: str | None = None
+    ) -> str | None:
+        """Set what is not trained but fitted on the validation rows; a line to say aloud, or None.
 
-        ``targets``: float (n, C) for multilabel, else int64 (n,); no unknown rows.
+        Args:
+            targets: int8 (n, C) for multilabel, else int64 (n,); no unknown rows.
+            metric: what the training is judged by, a name of `mmc.heads.metrics.METRICS`; None:
+                the task's own.
         """
+
+    @property
+    def text_width(self) -> int | None:
+        """Values of a label text, for a head that scores labels by them; None: it does not."""
+        return None
+
+    def load_weights(self) -> None:
+        """Load the weights that the settings name, if any; once, after the prior is set.
+
+        Raises:
+            InputError: the file is not there, or holds something else.
+        """
+
+    def select_labels(self, targets: Tensor) -> Tensor | None:
+        """Labels (M,) that a training step scores, ascending; None: all of them.
+
+        Called with the targets of each training batch. The choice is then in the prepared batch
+        as ``labels``; the logits of other labels count for nothing.
+        """
+        return None
+
+    def for_labels(self, label_text: Tensor, same: Tensor) -> dict[str, Tensor]:
+        """The head's state for other labels than those it was trained on.
+
+        Args:
+            label_text: (C', D) of the labels to score.
+            same: int64 (C',), the place among the head's own labels of one of that name, else -1.
+
+        Raises:
+            InputError: the head knows its labels by number only.
+        """
+        raise InputError(
+            "this head scores the labels it was trained on and no others; train zero_shot, "
+            "dm_decoder, or ml_decoder with head.queries=label_text"
+        )

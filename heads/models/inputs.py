@@ -39,7 +39,9 @@ class FieldNorm(nn.Module):
     def unscaled(self, x_BD: Tensor) -> Tensor:
         """What the moments are taken of: unit vectors, or the values as they are."""
         x_BD = x_BD.to(self.shift.dtype)
-        return x_BD if self.mode == "none" else F.normalize(x_BD, dim=-1)
+        # A single number, such as a match score, has no direction to keep.
+        alone = x_BD.shape[-1] == 1
+        return x_BD if self.mode == "none" or alone else F.normalize(x_BD, dim=-1)
 
     def fit(self, mean: Tensor, variance: Tensor) -> None:
         """Set shift and scale from the moments (D,) of the training rows."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmc.heads.models.base import Batch, Head
 from mmc.heads.models.dropout import Dropout, InputDropoutLinear
 from mmc.heads.models.inputs import InputNorm, Normalize
-from mmc.heads.models.linear import output_layer, set_bias
+from mmc.heads.models.linear import Output, check_scale, chosen_output, set_bias
 from mmc.store.errors import InputError
 
 
@@ -32,8 +32,14 @@ class MLPConfig:
     """Per field: ``center`` = unit length, minus the training mean, one scale; ``l2`` = unit
     length times sqrt(D); ``standardize`` = unit length, then each value to mean 0 and variance 1;
     ``none`` = as stored."""
+    output: Output = "linear"
+    """``linear`` = a product with the label's weights; ``cosine`` = ``scale`` times their cosine,
+    plus the label's prior (the loss aam asks for it)."""
+    scale: float = 15.0
+    """Logits per unit of cosine under ``output=cosine``."""
 
     def __post_init__(self) -> None:
+        check_scale(self.scale)
         for name in ("hidden", "layers"):
             if getattr(self, name) < 1:
                 raise InputError(f"head.{name} must be 1 or more, got {getattr(self, name)}")
@@ -65,7 +71,7 @@ class MLP(Head):
             layer = InputDropoutLinear(width, config.hidden, share)
             self.hidden.extend([layer, nn.GELU(), Dropout(config.dropout)])
             width = config.hidden
-        self.classifier = output_layer(width, num_labels)
+        self.classifier = chosen_output(config.output, config.scale, width, num_labels)
 
     def prepare(self, batch: Batch) -> Batch:
         return {"inputs": torch.cat(list(self.normalize(batch).values()), dim=-1)}

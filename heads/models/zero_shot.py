@@ -30,11 +30,19 @@ class ZeroShotConfig:
 
 
 class ZeroShot(Head):
-    """Logits = scale x cos(field, label text) + bias."""
+    """Logits = scale x cos(field, label text) + bias.
+
+    The field is one of the space that the backbone's label texts lie in: ``image`` of a dual
+    encoder, or ``text``. Where a backbone has both, ``image`` unless ``--features ALIAS/text``.
+    """
 
     Config = ZeroShotConfig
     max_inputs = 1
     wants_label_text = True
+    card = (
+        "Nothing was trained: a label's score is the cosine of the field with the embedding of the "
+        "label's text, by the same backbone."
+    )
     label_text: Tensor
     log_scale: Tensor
     bias: Tensor
@@ -70,7 +78,18 @@ class ZeroShot(Head):
     def stages(self) -> list[Stage]:
         return []
 
-    def fit_validation(self, prepared: Batch, targets: Tensor, task: str) -> None:
+    @property
+    def text_width(self) -> int:
+        return self.label_text.shape[1]
+
+    def for_labels(self, label_text: Tensor, same: Tensor) -> dict[str, Tensor]:
+        bias = torch.where(same >= 0, self.bias[same.clamp(min=0)], self.bias.mean())
+        text = F.normalize(label_text.to(self.label_text), dim=-1)
+        return {**self.state_dict(), "label_text": text, "bias": bias}
+
+    def fit_validation(
+        self, prepared: Batch, targets: Tensor, task: str, metric: str | None = None
+    ) -> None:
         """Maximum likelihood of one scale and C biases, by L-BFGS from the label priors."""
         if not self.config.calibrate:
             return

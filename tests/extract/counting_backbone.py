@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mmc.extract.backbones.base import TokenBatch, text_buckets
-from mmc.extract.transforms import ImageTransform
+from mmc.extract.transforms import ImageTransform, OriginalSize, Pyramid
 from mmc.store import FieldSpec
 
 CALLS: Counter[str] = Counter()
@@ -84,12 +84,94 @@ class Counting:
         sums = torch.stack([ids[:, at::TEXT_WIDTH].sum(1) for at in range(TEXT_WIDTH)], dim=1)
         return {"text": sums + offsets(len(ids))[:, None]}
 
-    def _count(self, tower: str, batch: Tensor) -> None:
+    def _count(self, tower: str, batch: Tensor | list[Tensor]) -> None:
         assert torch.get_num_threads() == 1
         with _LOCK:
             CALLS[f"{tower} batches"] += 1
             CALLS[f"{tower} rows"] += len(batch)
         time.sleep(self._delay)
+
+
+class Fused(Counting):
+    """With fields of image and text together; its image tower runs for them, too."""
+
+    default_fields = ("image", "text", "fused")
+
+    def __init__(self, **settings: object) -> None:
+        super().__init__(**settings)  # type: ignore[arg-type]
+        width = IMAGE_WIDTH + TEXT_WIDTH
+        for name, shape in (("fused", (width,)), ("itm", (1,))):
+            spec = FieldSpec(name=name, shape=shape, dtype="float16", tower="fused")
+            self.fields[name] = spec
+
+    def encode_fused(
+        self, pixels: Tensor, tokens: TokenBatch, fields: Sequence[str]
+    ) -> dict[str, Tensor]:
+        self._count("fused", tokens.ids)
+        found = self.encode_image(pixels, ["image", "image_tokens"])
+        ids = tokens.ids.float() / 128  # at full length, whatever else is in the batch
+        sums = torch.stack([ids[:, at::TEXT_WIDTH].sum(1) for at in range(TEXT_WIDTH)], dim=1)
+        found["fused"] = torch.cat([found["image"], sums], dim=1)
+        found["itm"] = found["image"][:, :1] * sums[:, :1]
+        return {name: found[name] for name in fields}
+
+
+class Texts(Counting):
+    """No image tower."""
+
+    default_fields = ("text",)
+
+    def __init__(self, **settings: object) -> None:
+        super().__init__(**settings)  # type: ignore[arg-type]
+        self.fields = {"text": self.fields["text"]}
+        self.image_transform = None
+
+
+class Images(Counting):
+    """No text tower, and a batch size of its own."""
+
+    default_fields = ("image",)
+    batch_size = 2
+
+    def __init__(self, **settings: object) -> None:
+        super().__init__(**settings)  # type: ignore[arg-type]
+        self.fields = {"image": self.fields["image"]}
+
+
+class Tiles(Images):
+    """Two levels of tiles; the mean colour of each."""
+
+    def __init__(self, **settings: object) -> None:
+        super().__init__(**settings)
+        self.image_transform = Pyramid(base=self.image_transform, levels=2)
+        self.identity["preprocessing"] = self.image_transform.as_dict()
+        self.fields = {
+            "image_tokens": FieldSpec(
+                name="image_tokens", shape=(5, 3), dtype="float32", tower="image"
+            )
+        }
+
+    default_fields = ("image_tokens",)
+
+    def encode_image(self, pixels: Tensor, fields: Sequence[str]) -> dict[str, Tensor]:
+        self._count("image", pixels)
+        return {"image_tokens": pixels.float().mean(dim=(3, 4))}
+
+
+class Originals(Images):
+    """Takes pictures in their own size: height, width and mean, one picture after another."""
+
+    def __init__(self, **settings: object) -> None:
+        super().__init__(**settings)
+        self.image_transform = OriginalSize()
+        self.identity["preprocessing"] = self.image_transform.as_dict()
+        self.fields = {"image": FieldSpec(name="image", shape=(3,), dtype="float32", tower="image")}
+
+    def encode_image(self, pixels: list[Tensor], fields: Sequence[str]) -> dict[str, Tensor]:
+        assert 1 <= len(pixels) <= 16
+        self._count("image", pixels)
+        rows = [[*picture.shape[1:], float(picture.float().mean())] for picture in pixels]
+        return {"image": torch.tensor(rows)}
 
 
 def offsets(batch_size: int) -> Tensor:

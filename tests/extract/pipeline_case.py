@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pytest
 from counting_backbone import CALLS
 from PIL import Image
 
+from mmc.extract import jobs
 from mmc.extract.options import ExtractConfig, ExtractReport
 from mmc.extract.pipeline import extract
 from mmc.extract.sources import SourceOptions
@@ -96,3 +98,22 @@ def picture(path: Path, seed: int, size: tuple[int, int] = (24, 20)) -> None:
     pixels = np.empty((size[1], size[0], 3), np.uint8)
     pixels[:, : size[0] // 2], pixels[:, size[0] // 2 :] = left, right
     Image.fromarray(pixels).save(path)
+
+
+def watch_decoding(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[bytes]]:
+    """Lists that grow with each row that is read and with each picture that is decoded."""
+    reads: list[int] = []
+    decodes: list[bytes] = []
+    read, decode = jobs.Content.image_bytes, jobs.decode_rgb
+
+    def reading(self: jobs.Content, row: int) -> bytes:
+        reads.append(row)
+        return read(self, row)
+
+    def decoding(data: bytes, **limits: int) -> object:
+        decodes.append(data)
+        return decode(data, **limits)
+
+    monkeypatch.setattr(jobs.Content, "image_bytes", reading)
+    monkeypatch.setattr(jobs, "decode_rgb", decoding)
+    return reads, decodes

@@ -245,7 +245,11 @@ def test_weights_that_do_not_fit(bert: Path):
     key = next(name for name in state if name.endswith("query.weight"))
     partial = {name: value for name, value in state.items() if name != key}
     save_file(partial, bert / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"the weights lack or do not fit .*query\.weight"):
+    with pytest.raises(InputError, match=r"do not fit the model: .*query\.weight is missing"):
+        load(bert)
+    narrow = {**state, key: state[key][:, :8].contiguous()}
+    save_file(narrow, bert / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"query\.weight is \[32, 8\], the model has \[32, 32\]"):
         load(bert)
     (bert / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(InputError, match="the weights cannot be read"):

@@ -52,6 +52,15 @@ CASES: dict[str, dict[str, Any]] = {
     "convnext": with_parts(
         {"timm_model_name": "test_convnext", "timm_pool": "", "image_size": 160}, custom_text=True
     ),
+    "eva": with_parts(
+        {
+            "timm_model_name": "eva02_tiny_patch14_224",
+            "timm_pool": "token",
+            "timm_proj": "linear",
+            "image_size": 224,
+        },
+        custom_text=True,
+    ),
     "eos": with_parts(text={"pool_type": "eos", "eos_id": 49407}, custom_text=True),
     "bert": with_parts(
         text={"hf_proj_type": "mlp", "hf_pooler_type": "mean_pooler", "context_length": 40}
@@ -197,6 +206,7 @@ def test_bf16_works_in_every_tower(case: str, pairs: Callable[[str], Pair]):
         ("oblong", (24, 32), (77, 24), True),
         ("siglip", (100, 64), (20, 24), False),
         ("convnext", (25, 64), (77, 24), True),
+        ("eva", (256, 192), (77, 24), True),
         ("eos", (16, 32), (77, 24), True),
         ("bert", (16, 32), (40, 32), True),
         ("coca", (5, 16), (30, 24), False),
@@ -214,6 +224,54 @@ def test_shapes_and_cutting(
     assert backbone.fields["text_tokens"].shape == text_tokens
     buckets = backbone.tokenize(["one", "one two three four five six seven eight nine"]).buckets
     assert (buckets < backbone.tokenize(["one"]).ids.shape[1]).all() == cuts
+    has_class = name not in ("resnet", "convnext", "coca")
+    assert ("image_class" in backbone.fields) == has_class
+    if has_class:
+        assert backbone.fields["image_class"].shape == image_tokens[1:]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["clip", "average pooling, no pre-norm", "norm after pooling"])
+def test_tokens_are_what_the_model_pools(name: str, pairs: Callable[[str], Pair]):
+    """Pooled by hand from the tokens and the class token, projected or not."""
+    pair = pairs(name)
+    visual, spec = pair.model.visual, pair.backbone.context["spec"]
+    pixels = torch.stack([decode_reference(d, pair.backbone.image_transform) for d in jpegs()])
+    fields = ["image", "image_tokens", "image_class"]
+    found = pair.backbone.encode_image(pixels, fields)
+    by_mean = visual.pool_type == "avg"
+    pooled = found["image_tokens"].mean(1) if by_mean else found["image_class"]
+    pooled = visual.ln_post(pooled) if visual.final_ln_after_pool else pooled
+    assert_equal(pooled @ visual.proj, found["image"])
+    projected = load(f"{spec}[tokens=projected]").encode_image(pixels, fields)
+    assert_equal(projected["image"], found["image"])
+    pooled = projected["image_tokens"].mean(1) if by_mean else projected["image_class"]
+    assert_equal(pooled, found["image"])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("resnet", "ModifiedResNet"),
+        ("coca", "CoCa's attentional pooler"),
+        ("siglip", "timm VisionTransformer"),
+        ("eva", "timm Eva"),
+    ],
+)
+def test_towers_whose_tokens_are_not_projected(name: str, kind: str, pairs: Callable[[str], Pair]):
+    spec = pairs(name).backbone.context["spec"]
+    with pytest.raises(InputError, match=f"tokens=projected needs .* this one \\({kind}\\)"):
+        load(f"{spec}[tokens=projected]")
+
+
+@torch.no_grad()
+def test_the_grid_of_a_resnet_is_in_reading_order(pairs: Callable[[str], Pair]):
+    """What attention pooling begins with, and the pooled result from it."""
+    pair = pairs("resnet")
+    pixels = torch.stack([decode_reference(d, pair.backbone.image_transform) for d in jpegs()])
+    found = pair.backbone.encode_image(pixels, ["image", "image_tokens"])
+    grid = found["image_tokens"].transpose(1, 2).unflatten(2, (2, 2))
+    assert_equal(pair.model.visual.attnpool(grid), found["image"])
 
 
 @torch.no_grad()
@@ -379,7 +437,7 @@ for spec in ("open_clip:hf-hub:me/pictures", "hf:me/pairs"):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    fields = "['image', 'image_tokens', 'text', 'text_mask', 'text_tokens']"
+    fields = "['image', 'image_class', 'image_tokens', 'text', 'text_mask', 'text_tokens']"
     assert done.stdout.splitlines() == [
         f"open_clip:hf-hub:me/pictures {fields}",
         f"hf:me/pairs {fields}",

@@ -51,9 +51,7 @@ def test_the_number_of_workers_changes_nothing(folder):
 def test_unchanged_files_are_not_read_again(folder, monkeypatch):
     known = keyed(folder)
     read = []
-    monkeypatch.setattr(
-        keys, "_read", lambda path, offset, size: read.append(path.name) or path.read_bytes()
-    )
+    monkeypatch.setattr(keys, "_read", lambda path: read.append(path.name) or path.read_bytes())
     assert keyed(folder, known) == known
     assert read == []
     os.utime(folder / "b.jpg", ns=(1, 1))

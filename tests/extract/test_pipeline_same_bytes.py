@@ -85,7 +85,7 @@ extract(settings["source"], settings["store"], config(backbones=(spec,), workers
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, text=True
     )
     try:
-        wait_for(case.folder / "store/features/fake/status_image/c.1", child)
+        wait_for(case.folder / "store/features/fake/status_image/c.2", child)
         os.kill(child.pid, signal.SIGKILL)
     finally:
         child.kill()
@@ -99,6 +99,7 @@ extract(settings["source"], settings["store"], config(backbones=(spec,), workers
 
 
 def wait_for(path: Path, child: subprocess.Popen) -> None:
+    """Wait for the status file of a shard: the shards before it are complete then."""
     for _ in range(600):
         if path.exists():
             return
@@ -107,9 +108,10 @@ def wait_for(path: Path, child: subprocess.Popen) -> None:
     raise AssertionError(f"{path} never came")
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(12))
 def test_any_mixture_of_repeats_shards_batches_and_stops(tmp_path, monkeypatch, seed):
     draw = random.Random(seed)
+    spec = SPEC if seed < 8 else "python:counting_backbone:Fused"
     case = Case(tmp_path)
     case.add(2)
     for _ in range(draw.randint(1, 30)):
@@ -119,7 +121,11 @@ def test_any_mixture_of_repeats_shards_batches_and_stops(tmp_path, monkeypatch, 
         }
         case.add(1, **{name: value for name, value in repeated.items() if draw.random() < 0.5})
     (tmp_path / "p1.png").write_bytes(b"no picture")
-    settings = {"shard_rows": draw.choice([1, 2, 4, 16]), "batch_size": draw.randint(1, 5)}
+    settings = {
+        "backbones": (spec,),
+        "shard_rows": draw.choice([1, 2, 4, 16]),
+        "batch_size": draw.randint(1, 5),
+    }
     case.extract("whole", workers=1, **settings)
     if seed % 2:
         monkeypatch.setattr(Engine, "_encode_here", Engine._encode_on_device)
@@ -130,10 +136,10 @@ def test_any_mixture_of_repeats_shards_batches_and_stops(tmp_path, monkeypatch, 
         if stage != "files" and len(calls) > draw.randint(0, 20):
             raise KeyboardInterrupt
 
-    slow = (f"{SPEC}[delay=0.005]",)
+    slow = settings | {"backbones": (f"{spec}[delay=0.005]",)}
     for _ in range(2):
         with contextlib.suppress(KeyboardInterrupt):
-            case.extract(backbones=slow, workers=3, progress=interrupt, **settings)
+            case.extract(workers=3, progress=interrupt, **slow)
     # A last change, so that the last run writes and leaves its own spec in the record.
     case.add(1)
     case.extract(workers=draw.randint(1, 4), **settings)

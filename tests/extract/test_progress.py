@@ -33,3 +33,25 @@ def test_on_a_terminal_a_bar():
         progress._bars.refresh()
     assert "encode" in stream.getvalue()
     assert "3/10" in stream.getvalue()
+
+
+def test_a_stage_that_waits_or_is_through_prints_nothing(monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    with Progress(stream) as progress:
+        for second in range(100):
+            now[0] = float(second)
+            progress("images", min(second, 40), 40)
+            progress("texts", max(0, 10 * (second - 40)), 600)
+    assert stream.getvalue().splitlines() == [
+        "images: 10/40, 1.0/s, 30 s left",
+        "images: 20/40, 1.0/s, 20 s left",
+        "images: 30/40, 1.0/s, 10 s left",
+        "images: 40/40, 1.0/s, 0 s left",
+        "texts: 100/600, 10.0/s, 50 s left",
+        "texts: 200/600, 10.0/s, 40 s left",
+        "texts: 300/600, 10.0/s, 30 s left",
+        "texts: 400/600, 10.0/s, 20 s left",
+        "texts: 500/600, 10.0/s, 10 s left",
+    ]

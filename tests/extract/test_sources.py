@@ -70,7 +70,7 @@ def test_folder_takes_only_plain_names_and_says_so(tmp_path):
     ]  # fmt: skip
     assert labels_of(samples)[2] is None
     assert any("left out: test_labels.csv" in note for note in samples.notes)
-    assert any("no val split" in note for note in samples.notes)
+    assert any("no val split" in line for line in samples.advice)
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "dev", "Dev"])

@@ -64,7 +64,8 @@ READ = {
     },
     "csv/single_label_only.csv": {"labels": [["1"], ["1"]], "warning": "label '1' is on all 2"},
     "csv/pipe_labels.csv": {
-        "labels": [["Action", "Comedy"], ["Comedy"], [], ["Action", "Drama"], ["N/A"]],
+        "labels": [["Action", "Comedy"], ["Comedy"], [], ["Action", "Drama"], None],
+        "note": "1 cells that hold N/A read as unlabelled",
         "texts": ["A", "B", "C", "D", "E"],
         "image_root": None,
     },

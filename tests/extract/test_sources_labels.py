@@ -1,9 +1,12 @@
 """Separators, names, natural order, empty cells, task."""
 
 import itertools
+import json
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather as feather
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,13 +16,14 @@ from mmc.extract.sources.labels import natural_order, read_labels
 from mmc.store.errors import InputError
 
 
-def parse(cells, groups=None, separator=None, task=None):
+def parse(cells, groups=None, separator=None, task=None, **more):
     return read_labels(
         pa.chunked_array([pa.array(cells, pa.string())]),
         np.array(groups if groups is not None else [0] * len(cells)),
         separator=separator,
         task=task,
         where=lambda row: f"t.csv:{row + 2}",
+        **more,
     )
 
 
@@ -35,7 +39,8 @@ def named(labels):
     [
         (["3 1", "2", "10 2"], " ", [["1", "3"], ["2"], ["2", "10"]]),
         (["Science Fiction|Action", "Drama"], "|", [["Action", "Science Fiction"], ["Drama"]]),
-        (["|Comedy|", "Action||Drama", "N/A"], "|", [["Comedy"], ["Action", "Drama"], ["N/A"]]),
+        (["|Comedy|", "Action||Drama", "N/A"], "|", [["Comedy"], ["Action", "Drama"], None]),
+        (["Comedy|N/A", "Drama"], "|", [["Comedy", "N/A"], ["Drama"]]),
         (["a;b", "c"], ";", [["a", "b"], ["c"]]),
         (["Action, Comedy", "Comedy, Drama"], ",", [["Action", "Comedy"], ["Comedy", "Drama"]]),
         (["dog,cat", "dog"], ",", [["cat", "dog"], ["dog"]]),
@@ -61,7 +66,7 @@ def test_separators(cells, separator, expected):
         ["Jewelry, Watches", "Shoes", "Bags, Wallets"],
         ["Science Fiction", "Historical Fiction", "Fiction"],
         ["1.5", "2.5", "7.4"],
-        ["N/A", "a/b", "c"],
+        ["n.a.", "a/b", "none"],
         ["[not a list", "{neither}", "x"],
     ],
 )
@@ -105,8 +110,57 @@ def test_integers_have_one_spelling():
 
 
 def test_names_that_other_readers_lose():
+    """Where nothing else is there, they are names."""
     cells = ["NA", "None", "null", "nan", "N/A"]
-    assert named(parse(cells)) == [[cell] for cell in cells]
+    labels = parse(cells)
+    assert named(labels) == [[cell] for cell in cells]
+    assert any("--missing-labels N/A,NA,None,nan,null" in note for note in labels.notes)
+
+
+def test_marks_of_a_missing_label():
+    cells = ["a", "NA", " nan ", "b", "none", "Na", "N/A"]
+    labels = parse(cells)
+    assert named(labels) == [["a"], None, None, ["b"], ["none"], ["Na"], None]
+    assert labels.names == ("Na", "a", "b", "none")
+    assert "labels: 3 cells that hold N/A, NA, nan read as unlabelled" in labels.notes[0]
+    kept = parse(cells, missing=frozenset())
+    assert named(kept)[1:3] == [["NA"], ["nan"]]
+    assert not any("read as unlabelled" in note for note in kept.notes)
+    told = parse(["?", "a", "b", "NA"], missing=frozenset({"?"}))
+    assert named(told) == [None, ["a"], ["b"], ["NA"]]
+    assert parse(["?", "?"], missing=frozenset({"?"})).task == "unlabelled"
+    # A split that holds marks alone is unlabelled as a whole, its empty cells too.
+    assert named(parse(["a|b", "NA", ""], groups=[0, 1, 1]))[1:] == [None, None]
+
+
+def test_missing_labels_may_be_told(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("text,label\na,NA\nb,x\nc,y\nd,?\n", encoding="utf-8")
+
+    def names(**options):
+        samples = read_source(str(path), SourceOptions(**options))
+        return [
+            cell and [samples.label_set[at] for at in cell]
+            for cell in samples.table["labels"].to_pylist()
+        ]
+
+    assert names() == [None, ["x"], ["y"], ["?"]]
+    assert names(missing_labels="-") == [["NA"], ["x"], ["y"], ["?"]]
+    assert names(missing_labels="?, -1") == [["NA"], ["x"], ["y"], None]
+
+
+def test_labels_that_a_format_knows():
+    """Its order, its labels that no sample has, no dividing and no marks of the missing."""
+    names = ("b|c", "a", "NA", "z")
+    labels = parse(["a", "NA", "b|c", "", None], label_set=names)
+    assert labels.names == names
+    assert named(labels) == [["a"], ["NA"], ["b|c"], None, None]
+    assert labels.task == "multiclass"
+    labels = parse(['["a", "b|c"]', "[]"], label_set=names)
+    assert labels.column.to_pylist() == [[0, 1], []]
+    assert labels.task == "multilabel"
+    with pytest.raises(InputError, match=r"t\.csv:3: q is none of the source's labels"):
+        parse(["a", '["q"]'], label_set=names)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +234,8 @@ def test_joined_labels_come_back(rows, seed):
         parts = [*row, *(["", *row] if seed.random() < 0.5 else [])]
         seed.shuffle(parts)
         cells.append("|".join(parts))
-    labels = parse(cells, separator="|", task="multilabel") if any(rows) else parse(cells)
+    told = {"separator": "|", "task": "multilabel", "missing": frozenset()} if any(rows) else {}
+    labels = parse(cells, **told)
     if any(rows):
         assert [set(cell) for cell in named(labels)] == rows
         assert list(labels.names) == list(natural_order(set().union(*rows)))
@@ -202,3 +257,44 @@ def test_words_between_spaces_are_labels_in_the_kaggle_form(tmp_path):
     samples = read_source(str(other), SourceOptions())
     assert len(samples.label_set) == 15
     assert any("--label-separator" in note for note in samples.notes)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.jsonl", "t.parquet", "t.feather"])
+def test_pipes_between_labels_in_every_table(tmp_path, name):
+    cells = ["Action|Comedy", "|Comedy|", "", "Action||Science Fiction"]
+    rows = [{"text": f"t{n}", "genre": cell} for n, cell in enumerate(cells)]
+    path = tmp_path / name
+    if name.endswith("jsonl"):
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    elif name.endswith("sv"):
+        sign = "," if name.endswith("csv") else "\t"
+        lines = ["text" + sign + "genre", *(sign.join(row.values()) for row in rows)]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    elif name.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        feather.write_feather(pa.Table.from_pylist(rows), path)
+    samples = read_source(str(path))
+    assert (samples.task, samples.source["label_separator"]) == ("multilabel", "|")
+    assert samples.label_set == ("Action", "Comedy", "Science Fiction")
+    assert samples.table["labels"].to_pylist() == [[0, 1], [1], [], [0, 2]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_level": "top"}, "label level top has no effect: this source has no tree"),
+        ({"ties": "first"}, "ties first has no effect: this source has no annotators' votes"),
+        ({}, None),
+    ],
+)
+def test_options_without_effect_are_said(tmp_path, options, message):
+    path = tmp_path / "t.csv"
+    path.write_text("text,label\na,x\nb,y\n", encoding="utf-8")
+    warnings = read_source(str(path), SourceOptions(**options)).warnings
+    assert warnings == [] if message is None else message in warnings[0]
+
+
+def test_unknown_levels_are_refused():
+    with pytest.raises(InputError, match="unknown label level 'up'; choose from top, leaf, all"):
+        SourceOptions(label_level="up")

@@ -151,19 +151,100 @@ def tiny_bert(folder: str | Path, seed: int = 0) -> str:
     """Save a small BERT, without a sentence-transformers layer, as hub checkpoints come."""
     from transformers import BertConfig, BertModel
 
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = _word_tokenizer(specials, "[CLS] $A [SEP]", [("[CLS]", 2), ("[SEP]", 3)])
-    _fast(
-        tokenizer,
-        pad="[PAD]",
-        unk="[UNK]",
-        cls="[CLS]",
-        sep="[SEP]",
-        mask="[MASK]",
-        length=int(1e30),
-    ).save_pretrained(folder)
-    config = BertConfig(**_SMALL, vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=40)
+    tokenizer = _bert_tokenizer(length=int(1e30))
+    tokenizer.save_pretrained(folder)
+    config = BertConfig(**_SMALL, vocab_size=len(tokenizer), max_position_embeddings=40)
     return _save_hf(BertModel(config), folder, seed)
+
+
+def _bert_tokenizer(*, length: int) -> Any:
+    """As BERT's: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, [MASK] 4, then what ``WORDS`` are made of."""
+    names = ("pad", "unk", "cls", "sep", "mask")
+    specials = {name: f"[{name.upper()}]" for name in names}
+    ends = [("[CLS]", 2), ("[SEP]", 3)]
+    tokenizer = _word_tokenizer([*specials.values()], "[CLS] $A [SEP]", ends)
+    return _fast(tokenizer, **specials, length=length)
+
+
+def tiny_blip(folder: str | Path, seed: int = 0) -> str:
+    """Save a small BLIP for retrieval; as in the large one, the towers differ in width."""
+    from transformers import BlipForImageTextRetrieval
+
+    return _save_hf(BlipForImageTextRetrieval(_blip_config(folder)), folder, seed)
+
+
+def tiny_blip_captioner(folder: str | Path, seed: int = 0) -> str:
+    """Save a small BLIP that writes captions: words of ``WORDS``, and now and then an end."""
+    from transformers import AutoTokenizer, BlipForConditionalGeneration
+
+    model = BlipForConditionalGeneration(_blip_config(folder))
+    draw_weights(model, seed)
+    words = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(list(WORDS))
+    bias = model.text_decoder.cls.predictions.bias.data
+    bias.fill_(-50.0)
+    bias[words] = 0.0
+    bias[3] = 4.0  # [SEP]
+    model.save_pretrained(folder)
+    return f"hf:{folder}"
+
+
+def _blip_config(folder: str | Path) -> Any:
+    """A config, with its tokenizer and image processor saved. [DEC] and [ENC] end the vocabulary.
+
+    The library's own initial vision weights (1e-10) would give every picture the same output, and
+    its default of 8 heads is that of no checkpoint.
+    """
+    from transformers import BlipConfig, BlipImageProcessor
+
+    words = _bert_tokenizer(length=512)
+    words.save_pretrained(folder)
+    BlipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    special = {"pad_token_id": 0, "sep_token_id": 3, "bos_token_id": len(words)}
+    return BlipConfig(
+        text_config={
+            **_SMALL,
+            **special,
+            "vocab_size": len(words) + 2,
+            "max_position_embeddings": 64,
+        },
+        vision_config={
+            **_SMALL,
+            "hidden_size": 48,
+            "num_attention_heads": 4,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+        image_text_hidden_size=16,
+    )
+
+
+def tiny_vit(folder: str | Path, seed: int = 0) -> str:
+    """Save a small ViT as most are published: a classifier."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    config = ViTConfig(**_SMALL, image_size=32, patch_size=8, num_labels=5)
+    return _save_hf(ViTForImageClassification(config), folder, seed)
+
+
+def tiny_dinov2(folder: str | Path, seed: int = 0, registers: int = 0) -> str:
+    """Save a small DINOv2, used at another size than its positions were trained for."""
+    import transformers
+
+    transformers.BitImageProcessor(
+        size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}
+    ).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    kind, more = (
+        ("Dinov2WithRegisters", {"num_register_tokens": registers})
+        if registers
+        else (
+            "Dinov2",
+            {},
+        )
+    )
+    config = getattr(transformers, f"{kind}Config")(**sizes, **more, image_size=48, patch_size=8)
+    return _save_hf(getattr(transformers, f"{kind}Model")(config), folder, seed)
 
 
 def _word_tokenizer(specials: list[str], template: str, ends: list[tuple[str, int]]) -> Any:

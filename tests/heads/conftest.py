@@ -108,7 +108,8 @@ def make_run() -> Callable[..., Any]:
     def make(store: EmbeddingStore, **changes: Any) -> Any:
         import torch
 
-        from mmc.heads.artifact import FeatureRef, Run
+        from mmc.heads.artifact import Run
+        from mmc.heads.featureref import FeatureRef
         from mmc.heads.models.linear import Linear, LinearConfig
         from mmc.heads.thresholds import Thresholds
 

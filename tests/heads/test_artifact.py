@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from mmc.heads.artifact import Run, check_output
+from mmc.heads.artifact import Run
 from mmc.heads.evaluate import evaluate
 from mmc.heads.predict import logits
+from mmc.heads.runfiles import check_output
 from mmc.heads.thresholds import Thresholds
 from mmc.store import EmbeddingStore
 from mmc.store.errors import FingerprintMismatchError, FormatVersionError, InputError, MmcError
@@ -232,7 +233,7 @@ def test_model_card_says_how_good_on_what_and_how(saved: Path) -> None:
     assert "open_clip:tiny" in card
     assert run.features["image"].fingerprint in card
     assert "0.100 to 0.500" in card
-    assert "per_label 0.6250" in card
+    assert "one per label 0.6250" in card
     assert f"torch {torch.__version__.split('+')[0]}" in card
 
 
@@ -245,6 +246,8 @@ def test_cards_of_the_other_tasks(
     run.metrics = {"val": evaluate(run, store, "val")}
     card = (run.save(tmp_path / "run").path or tmp_path).joinpath("README.md").read_text()
     assert "| accuracy |" in card
+    assert ("| positive class | 1 |" in card) == (task == "binary")
+    assert ("| its threshold | 0.5000 |" in card) == (task == "binary")
     assert np.isfinite(run.metrics["val"]["accuracy"])
 
 

@@ -243,7 +243,7 @@ def test_few_rows_only_warn(tmp_path: Path) -> None:
 def test_unknown_truth_is_left_out(tmp_path: Path) -> None:
     layout, truth = make(tmp_path / "p.csv")
     check = run_checks(tmp_path / "p.csv", layout, None)["better than random"]
-    assert (check.ok, check.detail) == (True, "the truth is not known")
+    assert (check.ok, check.detail) == (True, "not compared: these samples have no labels")
     truth[100:] = -1
     check = run_checks(tmp_path / "p.csv", layout, truth)["better than random"]
     assert "on 100 samples" in check.detail
@@ -267,6 +267,11 @@ def test_label_counts_far_from_validation_warn(tmp_path: Path) -> None:
     far = run_checks(tmp_path / "p.csv", layout, truth, reference={"cardinality_predicted": 9.0})
     assert not close[name].warning
     assert far[name].warning
+    asked = run_checks(
+        tmp_path / "p.csv", layout, truth, reference={"cardinality_predicted": 9.0}, top_k=1
+    )
+    assert not asked[name].warning
+    assert asked[name].detail.endswith("labels per sample, as asked")
 
 
 def test_constant_columns_and_saturation_warn(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What every registered head and loss must do; a new one is tested by being in the table."""
 
+import sys
 from dataclasses import fields
 from typing import Any
 
@@ -8,42 +9,83 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from mmc.heads.batches import ResidentBatches
-from mmc.heads.engine import Data, Engine
+from mmc.heads.batches import ResidentBatches, ResidentData
+from mmc.heads.engine import Engine
 from mmc.heads.losses import GROUP as LOSS_GROUP
 from mmc.heads.losses import LOSSES
 from mmc.heads.models import GROUP as HEAD_GROUP
 from mmc.heads.models import HEADS
 from mmc.heads.models.base import Head
+from mmc.heads.needs import EXTRA_OF, MASKED, mask_of
 from mmc.heads.options import OptimConfig
 from mmc.store.config import field_docs
 from mmc.store.registry import entries
 from mmc.store.registry import load as load_entry
 
 WIDTHS = {"image": (12,), "text": (8,)}
+TOKENS = {
+    **WIDTHS,
+    "image_tokens": (6, 12),
+    "image_class": (12,),
+    "image_places": (6, 3),
+    "text_tokens": (5, 8),
+    "text_ids": (5,),
+    "fused_tokens": (5, 8),
+    "regions": (4, 12),
+    "boxes": (4, 5),
+}
+SMALL: dict[str, dict[str, Any]] = {
+    "ml_decoder": {"width": 16, "feedforward": 24, "groups": 3},
+    "fusion": {"width": 16, "feedforward": 24},
+}
+"""Settings of heads that are large unless told."""
 ROWS, LABELS = 40, 5
 
 heads = pytest.mark.parametrize("entry", entries(HEADS, HEAD_GROUP), ids=lambda e: e.name)
 losses = pytest.mark.parametrize("entry", entries(LOSSES, LOSS_GROUP), ids=lambda e: e.name)
 
 
-def make_head(entry, num_labels: int = LABELS, *, seed: int = 0) -> Head:
+def make_head(entry, num_labels: int = LABELS, *, seed: int = 0, **settings) -> Head:
     """The head with every parameter moved away from zero, so that gradients pass."""
     torch.manual_seed(seed)
     cls = load_entry(entry)
     roles = list(WIDTHS)[: cls.max_inputs or max(cls.min_inputs, 2)]
     inputs = {role: WIDTHS[role] for role in roles}
-    text = torch.randn(num_labels, *inputs[roles[0]]) if cls.wants_label_text else None
-    head: Head = cls(inputs, num_labels, cls.Config(), label_text=text)
+    if cls.needs:
+        fields = [need.fields[0] for need in cls.needs] + list(cls.extras)
+        inputs = {field: TOKENS[field] for field in fields if field in TOKENS}
+        inputs |= {mask_of(f): TOKENS[f][:1] for f in list(inputs) if f in MASKED}
+    wants_text = cls.wants_label_text or cls.takes_label_text
+    text = torch.randn(num_labels, *TOKENS["image"]) if wants_text else None
+    config = cls.Config(**{**SMALL.get(entry.name, {}), **settings})
+    head: Head = cls(inputs, num_labels, config, label_text=text)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+    # Nine rows in which all labels, the first two, and none occur together.
+    rows = 3 * [list(range(num_labels)), list(range(min(2, num_labels))), []]
+    indptr = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
+    indices = torch.tensor([label for row in rows for label in row], dtype=torch.int64)
+    head.fit_labels(indptr, indices)
     return head.eval()
 
 
 def make_batch(head: Head, rows: int = ROWS, seed: int = 1) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(seed)
-    return {role: 3 + torch.randn(rows, *shape, generator=g) for role, shape in head.inputs.items()}
+    batch = {
+        role: 3 + torch.randn(rows, *shape, generator=g) for role, shape in head.inputs.items()
+    }
+    for role, values in batch.items():
+        if role.endswith("_mask"):
+            batch[role] = values > 3
+            batch[role][0] = False  # a sample without any token
+        elif role == "text_ids":
+            batch[role] = torch.randint(30, values.shape, generator=g)
+        elif role == "image_places":
+            batch[role] = torch.randint(3, values.shape, generator=g).to(torch.int16)
+        elif role == "boxes":
+            batch[role] = values.sigmoid()
+    return batch
 
 
 def train(head: Head, entry_loss: Any, steps: int = 6) -> Head:
@@ -61,7 +103,7 @@ def train(head: Head, entry_loss: Any, steps: int = 6) -> Head:
         targets = torch.randint(head.num_labels, (ROWS,), generator=g)
         counts = torch.bincount(targets, minlength=head.num_labels).double()
     loss = entry_loss(entry_loss.Config(), counts, torch.full_like(counts, ROWS))
-    data = Data(inputs=prepared, targets=targets)
+    data = ResidentData(inputs=prepared, targets=targets)
     Engine(
         head,
         loss,
@@ -118,10 +160,13 @@ def test_forward_is_score_after_prepare(entry):
 @heads
 def test_float16_as_it_is_stored_gives_float32_logits(entry):
     head = make_head(entry)
-    batch = {role: values.half() for role, values in make_batch(head).items()}
+    batch = {
+        role: values.half() if values.is_floating_point() else values
+        for role, values in make_batch(head).items()
+    }
     logits = head(batch)
     assert logits.dtype == torch.float32
-    wide = head({role: values.float() for role, values in batch.items()})
+    wide = head({r: v.float() if v.is_floating_point() else v for r, v in batch.items()})
     torch.testing.assert_close(logits, wide)
 
 
@@ -172,7 +217,7 @@ def test_the_prior_is_the_answer_of_a_new_head(entry):
     head = make_head(entry)
     if not head.stages():
         pytest.skip("nothing is trained")
-    new = cls(head.inputs, LABELS, cls.Config(), label_text=None).eval()
+    new = cls(head.inputs, LABELS, head.config, label_text=None).eval()
     prior = torch.linspace(-3, 1, LABELS)
     new.set_prior(prior)
     torch.testing.assert_close(new(make_batch(new)), prior.expand(ROWS, -1))
@@ -194,10 +239,74 @@ def test_the_same_seed_gives_the_same_weights(entry):
 def test_saved_and_loaded_it_gives_equal_logits(entry, num_labels):
     head = train(make_head(entry, num_labels), bce_class())
     cls = load_entry(entry)
-    again = cls(head.inputs, num_labels, cls.Config(), label_text=None)
+    again = cls(head.inputs, num_labels, head.config, label_text=None)
     again.load_state_dict(load(save(head.state_dict())))
     batch = make_batch(head, seed=3)
     assert torch.equal(again.eval()(batch), head.eval()(batch))
+
+
+token_heads = pytest.mark.parametrize(
+    "entry", [e for e in entries(HEADS, HEAD_GROUP) if load_entry(e).needs], ids=lambda e: e.name
+)
+
+
+@token_heads
+def test_what_is_behind_a_mask_changes_nothing(entry):
+    head = make_head(entry)
+    batch = make_batch(head)
+    masked = [role for role in batch if role.endswith("_mask")]
+    if not masked:
+        pytest.skip("none of its fields has a mask")
+    noisy = {role: values.clone() for role, values in batch.items()}
+    for role in noisy:
+        for mask in masked:
+            if mask_of(EXTRA_OF.get(role, role)) == mask:
+                fill = 7 if role == "text_ids" else torch.nan
+                noisy[role][~batch[mask]] = fill
+    expected = head(batch)
+    assert torch.equal(head(noisy), expected)
+    assert expected.isfinite().all()
+    shown = {role: torch.ones_like(v) if role in masked else v for role, v in batch.items()}
+    assert not torch.equal(head(shown), expected)  # what is not behind it counts
+
+
+@token_heads
+def test_a_pass_without_gradients_gives_the_same_logits(entry, monkeypatch):
+    """It takes some samples at a time, so that its memory is bounded."""
+    head = make_head(entry)
+    batch = make_batch(head)
+    expected = head(batch)
+    module = sys.modules[type(head).__module__]
+    monkeypatch.setattr(module, "PASS_FLOATS", 1)
+    with torch.no_grad():
+        torch.testing.assert_close(head(batch), expected, rtol=1e-4, atol=1e-5)
+
+
+@token_heads
+def test_bf16_autocast_is_close(entry):
+    head = make_head(entry)
+    batch = make_batch(head)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head.score(head.prepare(batch))
+    expected = head(batch)
+    assert (logits.float() - expected).abs().mean() < 0.05 * expected.std()
+
+
+@token_heads
+def test_ten_thousand_labels(entry):
+    head = make_head(entry, num_labels=10_000)
+    batch = make_batch(head, rows=3)
+    targets = torch.zeros(3, 10_000)
+    targets[:, :5] = 1
+    labels = head.select_labels(targets)
+    prepared = head.prepare(batch)
+    if labels is not None:
+        assert set(range(5)) <= set(labels.tolist())
+        prepared["labels"] = labels
+    head.score(prepared).sum().backward()
+    with torch.no_grad():
+        assert head(batch).shape == (3, 10_000)
+    assert 1 <= head.largest_batch < 2**20
 
 
 @heads
@@ -325,9 +434,9 @@ def test_a_label_that_never_or_always_occurs_has_a_finite_prior(entry):
 def test_a_head_learns_with_it(entry):
     """The engine, a linear head and this loss bring the training loss down."""
     linear = next(e for e in HEADS if e.name == "linear")
-    head = train(make_head(linear), load_entry(entry), steps=40)
-    batch = make_batch(head)
     cls = load_entry(entry)
+    head = train(make_head(linear, **cls.head_settings(cls.Config())), cls, steps=40)
+    batch = make_batch(head)
     g = torch.Generator().manual_seed(2)
     multilabel = "multilabel" in cls.tasks
     if multilabel:

@@ -85,6 +85,36 @@ def test_averaged_precision_and_recall() -> None:
     assert abs(found["CF1"] - found["macro_f1"]) > 1e-3
 
 
+def test_top_three_with_a_score_above_half() -> None:
+    """ML-GCN's variant: a row may get fewer than three labels, unlike the exact top three."""
+    logits, targets = multilabel(500, 9, ties=False, seed=4)
+    targets[7, :4] = -1
+    targets[8] = -1
+    found = evaluate(logits, targets)["top_3_above_half"]
+    tp, predicted, true = np.zeros(9), np.zeros(9), np.zeros(9)
+    for scores, truth in zip(logits.numpy(), targets.numpy(), strict=True):
+        known = np.flatnonzero(truth >= 0)
+        best = known[np.argsort(-scores[known])][:3]
+        chosen = best[scores[best] >= 0]
+        predicted[chosen] += 1
+        tp[chosen] += truth[chosen] == 1
+        true += truth == 1
+    assert predicted.sum() < 3 * 499
+    cp, cr = (tp / predicted).mean(), (tp / true).mean()
+    precision, recall = tp.sum() / predicted.sum(), tp.sum() / true.sum()
+    expected = {
+        "CP": cp,
+        "CR": cr,
+        "CF1": 2 * cp * cr / (cp + cr),
+        "OP": precision,
+        "OR": recall,
+        "OF1": 2 * precision * recall / (precision + recall),
+    }
+    assert found == pytest.approx(expected, abs=EXACT)
+    few = multilabel(20, 3, ties=False, seed=0)
+    assert evaluate(*few)["top_3_above_half"] is None
+
+
 def test_toy_numbers_of_the_sheet() -> None:
     logits = torch.tensor([[0.9], [0.8], [0.7], [0.6]])
     targets = torch.tensor([[1], [0], [1], [0]], dtype=torch.int8)

@@ -68,6 +68,15 @@ def test_constant_and_zero_features_stay_finite(mode):
     assert fitted(mode, x[:1].expand(40, -1))(x).isfinite().all()
 
 
+def test_a_single_number_keeps_its_size():
+    """Of unit length every match score would be 1."""
+    norm = InputNorm({"itm": (1,)}, "center")
+    scores = torch.tensor([[0.1], [0.2], [0.9]])
+    norm.fit([{"itm": scores}])
+    got = norm({"itm": scores})["itm"]
+    torch.testing.assert_close(got, (scores - scores.mean()) / scores.std(correction=0))
+
+
 def test_a_value_that_hardly_changes_is_not_made_the_loudest():
     norm = FieldNorm(3, "standardize")
     norm.fit(torch.zeros(3), torch.tensor([1e-14, 1.0, 2.0]))

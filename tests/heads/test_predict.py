@@ -176,11 +176,22 @@ def test_an_unlabelled_store_is_predicted_but_not_evaluated(
     bare = make_store(name="bare", unlabelled=tuple(range(60)))
     report = predict_csv(run, bare, tmp_path / "out.csv")
     assert report.ok
-    assert {c.name: c for c in report.checks}[
-        "better than random"
-    ].detail == "the truth is not known"
-    with pytest.raises(InputError, match="no labelled samples in"):
+    said = {check.name: check.detail for check in report.checks}
+    assert said["better than random"] == "not compared: these samples have no labels"
+    with pytest.raises(InputError, match=r"there is no truth to compare with$"):
         evaluate(run, bare)
+    partly = make_store(name="partly", unlabelled=tuple(range(3, 60, 4)))
+    with pytest.raises(
+        InputError, match=r"labelled are: train \(30\), val \(15\), choose with --split"
+    ):
+        evaluate(run, partly, "test")
+
+
+def test_figures_of_train_are_marked(make_store: MakeStore, make_run: MakeRun) -> None:
+    store = make_store()
+    run = make_run(store)
+    assert "the head has seen the train samples" in format_table(evaluate(run, store, "train"))
+    assert "has seen" not in format_table(evaluate(run, store, "test"))
 
 
 def test_labels_are_aligned_by_name(make_store: MakeStore, make_run: MakeRun) -> None:

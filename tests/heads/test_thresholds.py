@@ -14,6 +14,9 @@ from mmc.heads.cuts import HIGHEST, LOWEST, per_label
 from mmc.heads.thresholds import Thresholds, decide, objective_value, tune
 
 HALF = torch.tensor(0.5, dtype=torch.float64)
+EXACT = thresholds._Common(0, 0.0)
+"""The best common threshold of the rows, not drawn anywhere."""
+SHRUNK = thresholds._Common(10, 20.0)
 
 
 def problem(n: int, c: int, seed: int, *, shift: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -71,7 +74,7 @@ def test_common_threshold_equals_brute_force(
 ) -> None:
     scores = torch.tensor(data[0], dtype=torch.float64)
     truth = torch.tensor(data[1], dtype=torch.int8)
-    cuts = thresholds._fit_global(scores, truth, objective, False)
+    cuts = EXACT(scores, truth, objective, False)
     best = max(objective_value(scores >= g, truth, objective, binary=False) for g in GRID)
     found = objective_value(scores >= cuts, truth, objective, binary=False)
     assert found == pytest.approx(best, abs=1e-12)
@@ -85,7 +88,7 @@ def test_binary_threshold_equals_brute_force(
 ) -> None:
     scores = torch.tensor(data[0], dtype=torch.float64)[:, :1]
     truth = torch.tensor(data[1], dtype=torch.int8)[:, :1]
-    cuts = thresholds._fit_global(scores, truth, objective, True)
+    cuts = EXACT(scores, truth, objective, True)
     best = max(objective_value(scores >= g, truth, objective, binary=True) for g in GRID)
     assert objective_value(scores >= cuts, truth, objective, binary=True) == pytest.approx(best)
 
@@ -103,9 +106,9 @@ def test_samples_ascent_never_falls_below_where_it_starts() -> None:
 
 def test_the_fine_grid_is_near_the_exact_search(monkeypatch: pytest.MonkeyPatch) -> None:
     p, targets = problem(300, 3, 0, shift=-2.0)
-    exact = thresholds._fit_global(p.double(), targets, "micro", False)
+    exact = EXACT(p.double(), targets, "micro", False)
     monkeypatch.setattr(search, "MAX_CUTS", 5)
-    grid = thresholds._fit_global(p.double(), targets, "micro", False)
+    grid = EXACT(p.double(), targets, "micro", False)
     values = [
         objective_value(p.double() >= cuts, targets, "micro", binary=False)
         for cuts in (exact, grid)
@@ -116,7 +119,7 @@ def test_the_fine_grid_is_near_the_exact_search(monkeypatch: pytest.MonkeyPatch)
 def test_calibrated_scores_want_half_of_the_f1_they_reach() -> None:
     """Lipton et al. 2014: the optimal threshold of calibrated scores is F1* / 2."""
     p, targets = problem(40_000, 1, 0)
-    cut = float(thresholds._fit_global(p.double(), targets, "micro", False))
+    cut = float(EXACT(p.double(), targets, "micro", False))
     reached = objective_value(p.double() >= cut, targets, "micro", binary=False)
     assert cut == pytest.approx(reached / 2, abs=0.03)
 
@@ -157,8 +160,8 @@ def test_rare_labels_take_the_common_threshold() -> None:
     p, targets = problem(2_000, 3, 5, shift=-2.0)
     targets[:, 2] = 0
     targets[:9, 2] = 1
-    fit = thresholds._PerLabel(10, 20.0)
-    common = thresholds._fit_global(p.double(), targets, "macro", False)
+    fit = thresholds._PerLabel(SHRUNK)
+    common = SHRUNK(p.double(), targets, "macro", False)
     cuts = fit(p.double(), targets, "macro", False)
     assert cuts[2] == common[2]
     assert cuts[0] != common[0]
@@ -167,14 +170,42 @@ def test_rare_labels_take_the_common_threshold() -> None:
 def test_shrinkage_is_the_weighted_mean() -> None:
     p, targets = problem(500, 2, 6, shift=-1.0)
     scores = p.double()
-    common = thresholds._fit_global(scores, targets, "macro", False)
+    best = EXACT(scores, targets, "macro", False)
+    n = targets.sum().double()
+    common = SHRUNK(scores, targets, "macro", False)
+    torch.testing.assert_close(common, (n * best + 20 * 0.5) / (n + 20))
     own = per_label(scores, targets, "macro", common)
     n = targets.sum(0).double()
     expected = (n * own + 20 * common) / (n + 20)
-    found = thresholds._PerLabel(10, 20.0)(scores, targets, "macro", False)
+    found = thresholds._PerLabel(SHRUNK)(scores, targets, "macro", False)
     torch.testing.assert_close(found, expected)
-    unshrunk = thresholds._PerLabel(0, 0.0)(scores, targets, "macro", False)
-    torch.testing.assert_close(unshrunk, own)
+    unshrunk = thresholds._PerLabel(EXACT)(scores, targets, "macro", False)
+    torch.testing.assert_close(unshrunk, per_label(scores, targets, "macro", best))
+
+
+@pytest.mark.parametrize("task", ["binary", "multilabel"])
+def test_a_tiny_validation_set_moves_nothing(task: str) -> None:
+    """Nine of the smaller class, however well another threshold would separate them."""
+    truth = torch.tensor([1] * 9 + [0] * 60)
+    p1 = torch.where(truth == 1, 0.3, 0.1)
+    if task == "binary":
+        found = tune(torch.stack([1 - p1, p1], 1), truth, task)
+    else:
+        found = tune(p1[:, None], truth[:, None].to(torch.int8), task)
+    assert (found.mode, found.values) == ("default", (0.5,))
+    assert found.held_out["global"] == found.held_out["default"]
+    # Every third class swapped: the few may be the negatives as well.
+    swapped = tune(torch.stack([p1, 1 - p1], 1), 1 - truth, "binary")
+    assert swapped.values == (0.5,)
+
+
+@pytest.mark.parametrize("copies", [8, 400])
+def test_a_small_validation_set_moves_the_binary_threshold_part_of_the_way(copies: int) -> None:
+    truth = torch.tensor([1, 1, 1, 1, 1, 0, 0, 0, 0, 0] * copies)
+    p1 = torch.where(truth == 1, 0.45, 0.1)
+    found = tune(torch.stack([1 - p1, p1], 1), truth, "binary")
+    few = 5 * copies
+    assert found.values[0] == pytest.approx((few * 0.275 + 20 * 0.5) / (few + 20))
 
 
 def test_ties_go_to_the_cut_nearest_the_common_one() -> None:
@@ -208,20 +239,20 @@ def test_unknown_entries_are_as_if_they_were_not_there() -> None:
     p, targets = problem(400, 3, 7, shift=-1.0)
     masked = targets.clone()
     masked[:50] = -1
-    alone = thresholds._fit_global(p[50:].double(), targets[50:], "samples", False)
+    alone = EXACT(p[50:].double(), targets[50:], "samples", False)
     scores, truth = thresholds._mask_unknown(p, masked)
-    assert float(thresholds._fit_global(scores, truth, "samples", False)[0]) == float(alone[0])
+    assert float(EXACT(scores, truth, "samples", False)[0]) == float(alone[0])
     masked[60:100, 1] = -1
     scores, truth = thresholds._mask_unknown(p, masked)
     keep = torch.cat([torch.arange(50, 60), torch.arange(100, 400)])
     for column, rows in ((0, torch.arange(50, 400)), (1, keep)):
-        alone = thresholds._fit_global(
+        alone = EXACT(
             p[rows, column : column + 1].double(),
             targets[rows, column : column + 1],
             "macro",
             False,
         )
-        masked_out = thresholds._fit_global(
+        masked_out = EXACT(
             scores[:, column : column + 1], truth[:, column : column + 1], "macro", False
         )
         assert float(alone) == float(masked_out)

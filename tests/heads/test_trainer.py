@@ -27,6 +27,7 @@ HEADS = {
     "linear": (),
     "mlp": ("head.hidden=16", "optim.ema=0.9"),
     "router": ("head.router_hidden=8",),
+    "boost": ("head.hidden=16", "head.rounds=2"),
 }
 
 

@@ -40,9 +40,9 @@ def make_store(
             "split": split,
             "labels": pa.array(labels, pa.list_(pa.int32())),
             "image": ["x"] * n,
-            "image_key": ["k"] * n,
+            "image_key": [f"i{i}" for i in range(n)],
             "text": ["x"] * n,
-            "text_key": ["k"] * n,
+            "text_key": [f"t{i}" for i in range(n)],
         }
     )
     store = EmbeddingStore.create(
@@ -125,6 +125,37 @@ def test_zero_shot_takes_the_image_of_the_alias_with_label_texts(store):
         resolve(store, ("dino",), ZeroShot, "zero_shot")
     with pytest.raises(InputError, match="at most 1 field"):
         resolve(store, ("clip/image", "clip/text"), ZeroShot, "zero_shot")
+
+
+def test_zero_shot_reads_texts_where_the_backbone_reads_no_images(tmp_path):
+    fields = {
+        "minilm": {"text": (8,), "text_tokens": (4, 6)},
+        "dino": {"image": (8,)},
+    }
+    store = make_store(tmp_path / "s", ["train", "val"], fields=fields, label_text=("minilm",))
+    for spec in ((), ("minilm",), ("minilm/text",)):
+        assert resolve(store, spec, ZeroShot, "zero_shot") == {"text": "minilm/text"}
+    with pytest.raises(InputError, match="dino has none; extract with a backbone that reads texts"):
+        resolve(store, ("dino/image",), ZeroShot, "zero_shot")
+
+
+def test_zero_shot_reads_only_what_shares_the_space_of_the_label_texts(tmp_path):
+    fields = {"blip": {"image": (8,), "text": (8,), "fused": (8,), "image_class": (8,)}}
+    store = make_store(tmp_path / "s", ["train", "val"], fields=fields, label_text=("blip",))
+    assert resolve(store, (), ZeroShot, "zero_shot") == {"image": "blip/image"}
+    assert resolve(store, ("blip",), ZeroShot, "zero_shot") == {"image": "blip/image"}
+    for name in ("fused", "image_class"):
+        with pytest.raises(InputError, match=f"blip/{name} is not in their space; choose"):
+            resolve(store, (f"blip/{name}",), ZeroShot, "zero_shot")
+
+
+def test_scores_are_no_embeddings_but_can_be_asked_for(tmp_path):
+    fields = {"blip": {"fused": (8,), "itm": (1,)}, "rcnn": {"image": (8,), "region_scores": (36,)}}
+    store = make_store(tmp_path / "s", ["train", "val"], fields=fields)
+    pooled = {"fused": "blip/fused", "image": "rcnn/image"}
+    assert resolve(store, (), Linear, "linear") == pooled
+    assert resolve(store, ("blip", "rcnn"), Linear, "linear") == pooled
+    assert resolve(store, ("blip/itm",), Linear, "linear") == {"itm": "blip/itm"}
 
 
 def test_zero_shot_asks_which_where_several_have_label_texts(tmp_path):

@@ -17,6 +17,7 @@ from mmc.store.schema import (
     difference,
     dump,
     fingerprint,
+    removed_json,
 )
 
 
@@ -136,6 +137,13 @@ def test_record_refuses_what_was_not_written(
     at[path[-1]] = value
     with pytest.raises(error, match=r"here/zarr\.json"):
         AliasRecord.from_bytes(json.dumps(data).encode(), "here/zarr.json")
+
+
+def test_an_alias_that_is_being_removed_has_no_record() -> None:
+    assert AliasRecord.from_bytes(dump(removed_json()), "x") is None
+    newer = dump(removed_json()).replace(b'"format": 1', b'"format": 2')
+    with pytest.raises(FormatVersionError):
+        AliasRecord.from_bytes(newer, "x")
 
 
 @pytest.mark.parametrize("raw", [b"", b"[1]", b"{", b'{"attributes": {}}'])

@@ -1,0 +1,246 @@
+"""One classifier per field, and weights of the fields for every label.
+
+A classifier's evidence is its logits minus those of the label priors, and the logits are the
+prior plus the weighted evidence of all fields. Equal weights of 1 add up what the fields say, as
+independent witnesses.
+
+The weights are fitted on the validation rows. On movies with text, colours and a network's image
+features, test mAP: text alone .581, equal weights .563, fitted on the training rows .596, on the
+validation rows .605 (with text and colours .581, .595, .602, .604): what a classifier says of rows
+that it was trained on tells little about how far to trust it.
+
+Shapes: B samples, C labels, F fields, D values of one field, n validation rows.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmc.heads import metrics
+from mmc.heads.models.base import Batch, Head, Stage
+from mmc.heads.models.dropout import Dropout
+from mmc.heads.models.inputs import InputNorm, Normalize
+from mmc.heads.models.linear import linear_rate, output_layer, set_bias
+from mmc.store.errors import InputError
+
+TIE = 1e-6
+"""A metric must be better by more than this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnsembleConfig:
+    """Settings of the ensemble head."""
+
+    hidden: int = 0
+    """Hidden width of each field's classifier; 0 = linear."""
+    dropout: float = 0.2
+    """Share of hidden values dropped while training."""
+    spread: tuple[float, ...] = (0.1, 0.3, 1.0)
+    """How far weights may leave equality: standard deviations of the normal prior on their
+    logarithms, of which the one is taken that does best on halves of the validation rows that it
+    was not fitted on."""
+    normalize: Normalize = "center"
+    """Per field: ``center`` = unit length, minus the training mean, one scale; ``l2`` = unit
+    length times sqrt(D); ``standardize`` = unit length, then each value to mean 0 and variance 1;
+    ``none`` = as stored."""
+
+    def __post_init__(self) -> None:
+        if self.hidden < 0:
+            raise InputError(f"head.hidden must be 0 or more, got {self.hidden}")
+        if not self.spread or not min(self.spread) > 0:
+            raise InputError(f"head.spread must be numbers above 0, got {self.spread}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"head.dropout must be in [0, 1), got {self.dropout}")
+
+
+class Ensemble(Head):
+    """Logits = prior + sum over fields of the label's weight x the field's evidence.
+
+    Each classifier is trained alone until it stops improving. Then the weights become, of equal
+    ones, one field alone and fitted ones, what is best on validation.
+    """
+
+    Config = EnsembleConfig
+    min_inputs = 2
+    card = (
+        "Each field has a classifier of its own, trained alone; how far a label trusts each field "
+        "was chosen on the validation rows."
+    )
+    prior: Tensor
+    weights: Tensor
+
+    def __init__(
+        self,
+        inputs: Mapping[str, tuple[int, ...]],
+        num_labels: int,
+        config: EnsembleConfig,
+        *,
+        label_text: Tensor | None = None,
+    ) -> None:
+        super().__init__(inputs, num_labels, config, label_text=label_text)
+        self.roles = tuple(inputs)
+        widths = [shape[0] for shape in inputs.values()]
+        self.learning_rate = linear_rate(sum(widths) // len(widths))
+        self.normalize = InputNorm(inputs, config.normalize)
+        self.classifiers = nn.ModuleList(
+            _classifier(width, num_labels, config.hidden, config.dropout) for width in widths
+        )
+        self.register_buffer("prior", torch.zeros(num_labels))
+        self.register_buffer("weights", torch.ones(num_labels, len(widths)))
+
+    def prepare(self, batch: Batch) -> Batch:
+        prepared: Batch = self.normalize(batch)
+        return prepared
+
+    def score(self, prepared: Batch) -> Tensor:
+        return weighted(self.evidence(prepared), self.weights, self.prior)
+
+    def evidence(self, prepared: Batch) -> Tensor:
+        """What each field says of each label: (F, B, C)."""
+        fields = zip(self.roles, self.classifiers, strict=True)
+        return torch.stack([classifier(prepared[role]) - self.prior for role, classifier in fields])
+
+    def stages(self) -> list[Stage]:
+        return [self._stage(index) for index in range(len(self.roles))]
+
+    def fit_inputs(self, blocks: Iterable[Batch]) -> None:
+        self.normalize.fit(blocks)
+
+    def set_prior(self, logits: Tensor) -> None:
+        self.prior.copy_(logits)
+        for classifier in self.classifiers:
+            set_bias(classifier[-1], logits)  # type: ignore[index]
+
+    def fit_validation(
+        self, prepared: Batch, targets: Tensor, task: str, metric: str | None = None
+    ) -> str:
+        """Set the weights to the best of the simple ones, or to fitted ones if they are better."""
+        metric = metric or metrics.HEADLINE[task]
+        witness = _Witness(self.evidence(prepared).double(), targets, self.prior.double())
+        simple = {"equal ones": torch.ones_like(self.weights)}
+        for place, role in enumerate(self.roles):
+            simple[f"{role} alone"] = torch.zeros_like(self.weights).index_fill_(
+                1, torch.tensor(place, device=self.weights.device), 1.0
+            )
+        found = {name: witness.measure(w, task, metric) for name, w in simple.items()}
+        best = max(found, key=lambda name: (found[name] > found["equal ones"] + TIE, found[name]))
+        self.weights.copy_(simple[best])
+        others = ", ".join(f"{name} {found[name]:.4f}" for name in found if name != best)
+        halves = {s: witness.held_out(s, task, metric) for s in (0.0, *self.config.spread)}
+        spread = max(halves, key=lambda spread: halves[spread])
+        if not spread:
+            tried = max(value for s, value in halves.items() if s)
+            return (
+                "weights: no better than equal ones on halves of val that they were not fitted on "
+                f"({tried:.4f} vs {halves[0.0]:.4f}): dropped, {best} kept"
+            )
+        fitted = witness.fit(spread)
+        value = witness.measure(fitted, task, metric)
+        if value <= found[best] + TIE:
+            figures = f"{value:.4f} vs {found[best]:.4f}"
+            return f"weights: no better than {best} on val ({figures}): dropped"
+        self.weights.copy_(fitted)
+        return f"weights: fitted, val {metric} {value:.4f} ({best} {found[best]:.4f}, {others})"
+
+    def _stage(self, index: int) -> Stage:
+        role, classifier = self.roles[index], self.classifiers[index]
+        return Stage(
+            name=f"classifier {role}",
+            trains={f"classifiers.{index}": 1.0},
+            reads=(role,),
+            score=lambda prepared: classifier(prepared[role]),
+        )
+
+
+@dataclass(frozen=True)
+class _Witness:
+    """What the classifiers say of rows whose labels are known."""
+
+    evidence: Tensor
+    """(F, n, C) float64."""
+    targets: Tensor
+    """int8 (n, C), or classes int64 (n,)."""
+    prior: Tensor
+    """(C,) float64."""
+
+    def logits(self, weights: Tensor) -> Tensor:
+        """Logits (n, C) under weights (C, F)."""
+        return weighted(self.evidence, weights.to(self.evidence), self.prior)
+
+    def measure(self, weights: Tensor, task: str, metric: str) -> float:
+        """The metric under weights (C, F); minus the log loss where it is not defined."""
+        logits = self.logits(weights)
+        value = metrics.score(logits.float(), self.targets, task, metric)
+        return -float(_log_loss(logits, self.targets).mean()) if math.isnan(value) else value
+
+    def fit(self, spread: float) -> Tensor:
+        """The most probable weights (C, F), by L-BFGS from equal ones.
+
+        A label's weights are a softmax over the fields times a factor of the label's own; the
+        logarithms of both have a normal prior with standard deviation ``spread``.
+        """
+        fields, _, labels = self.evidence.shape
+        shares = self.evidence.new_zeros(labels, fields, requires_grad=True)
+        factor = self.evidence.new_zeros(labels, 1, requires_grad=True)
+        optimizer = torch.optim.LBFGS([shares, factor], max_iter=200, line_search_fn="strong_wolfe")
+
+        def weights() -> Tensor:
+            return fields * shares.softmax(1) * factor.exp()
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = _log_loss(self.logits(weights()), self.targets).sum()
+            loss = loss + (shares.square().sum() + factor.square().sum()) / (2 * spread**2)
+            loss.backward()
+            return loss
+
+        with torch.enable_grad():
+            optimizer.step(closure)
+        return weights().detach().float()
+
+    def held_out(self, spread: float, task: str, metric: str) -> float:
+        """Mean over halves of the rows of the metric under weights fitted on the other half.
+
+        A spread of 0 means equal weights.
+        """
+        n = len(self.targets)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+        order = order.to(self.targets.device)
+        halves = [self._rows(part) for part in (order[: n // 2], order[n // 2 :])]
+        total = 0.0
+        for seen, unseen in (halves, halves[::-1]):
+            fields, _, labels = self.evidence.shape
+            weights = seen.fit(spread) if spread else torch.ones(labels, fields)
+            total += unseen.measure(weights, task, metric)
+        return total / 2
+
+    def _rows(self, rows: Tensor) -> "_Witness":
+        return _Witness(self.evidence[:, rows], self.targets[rows], self.prior)
+
+
+def weighted(evidence_FBC: Tensor, weights_CF: Tensor, prior_C: Tensor) -> Tensor:
+    """Logits (B, C): the prior plus the weighted evidence."""
+    return prior_C + (weights_CF.T[:, None] * evidence_FBC).sum(0)
+
+
+def _log_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log loss of every decision: (n, C), or (n,) for classes; 0 where unknown."""
+    if targets.ndim == 1:
+        return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+    known = (targets >= 0).to(logits.dtype)
+    return F.binary_cross_entropy_with_logits(
+        logits, targets.clamp(min=0).to(logits.dtype), weight=known, reduction="none"
+    )
+
+
+def _classifier(width: int, outputs: int, hidden: int, dropout: float) -> nn.Sequential:
+    """Linear, or one hidden layer; the last layer starts at zero."""
+    if not hidden:
+        return nn.Sequential(output_layer(width, outputs))
+    return nn.Sequential(
+        nn.Linear(width, hidden), nn.GELU(), Dropout(dropout), output_layer(hidden, outputs)
+    )

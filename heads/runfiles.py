@@ -1,0 +1,161 @@
+"""The files of a run's folder: writing them whole, and reading back what was written.
+
+head.safetensors   parameters and buffers
+run.json           everything else that is needed to use it; written last, so its presence
+                   means that the run is whole
+history.csv        one row per epoch
+README.md          model card
+checkpoints/       the trainer's
+"""
+
+import csv
+import hashlib
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmc.heads.metrics import HEADLINE
+from mmc.store.errors import FormatVersionError, InputError
+
+FORMAT = 1
+WEIGHTS, RECORD, HISTORY, CARD, CHECKPOINTS = (
+    "head.safetensors",
+    "run.json",
+    "history.csv",
+    "README.md",
+    "checkpoints",
+)
+
+PLAIN_KEYS = (
+    "head",
+    "head_config",
+    "loss",
+    "loss_config",
+    "task",
+    "source",
+    "metrics",
+    "seed",
+    "train_config",
+    "versions",
+    "created",
+)
+"""Keys of ``run.json`` that are fields of a run as they are."""
+_KINDS = {"features": dict, "label_set": list, "thresholds": dict, "head": str, "task": str}
+"""What ``run.json`` holds under some keys, never empty."""
+_REQUIRED = {
+    *PLAIN_KEYS,
+    "features",
+    "label_set",
+    "label_set_hash",
+    "thresholds",
+    "weights_sha256",
+}
+
+
+def label_set_hash(label_set: Sequence[str]) -> str:
+    """sha256 (hex) of the ordered label names."""
+    return hashlib.sha256(json.dumps(list(label_set)).encode()).hexdigest()
+
+
+def check_output(path: str | Path) -> Path:
+    """``path`` as a folder that a run may be written into: new, empty, or a run's own.
+
+    Raises:
+        InputError: it is a file, or a folder with other content.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        ours = {WEIGHTS, RECORD, HISTORY, CARD, CHECKPOINTS}
+        others = sorted(p.name for p in folder.iterdir() if p.name not in ours)
+        others = [name for name in others if not name.endswith(".partial")]
+        # A README.md alone is someone's project, not a run.
+        if others or ((folder / CARD).exists() and not (folder / WEIGHTS).exists()):
+            raise InputError(
+                f"{folder} holds other content ({(others or [CARD])[0]}); name a new folder"
+            )
+    elif folder.exists():
+        raise InputError(f"{folder} is a file; name a folder for the run")
+    return folder
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write ``path`` whole or not at all: beside it, synced, then renamed."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """``run.json``, with every key that a run needs.
+
+    Raises:
+        InputError: there is none, or it is damaged or was edited.
+        FormatVersionError: written by a newer mmc.
+    """
+    try:
+        record = json.loads((folder / RECORD).read_bytes())
+    except OSError:
+        kind = "is not a run: it has no run.json" if folder.exists() else "does not exist"
+        raise InputError(f"{folder} {kind} (a run is what `mmc train-head` writes)") from None
+    except ValueError as error:
+        raise InputError(f"{folder / RECORD} is not JSON ({error})") from None
+    if not isinstance(record, dict) or not isinstance(record.get("format"), int):
+        raise InputError(f"{folder / RECORD} is not the record of a run: it has no format number")
+    if record["format"] > FORMAT:
+        raise FormatVersionError(
+            f"{folder} has run format {record['format']}; this mmc reads up to {FORMAT}: "
+            "upgrade mmc"
+        )
+    missing = sorted(_REQUIRED - record.keys())
+    if missing:
+        raise InputError(f"{folder / RECORD} lacks {', '.join(missing)}; train the head again")
+    for name, expected in _KINDS.items():
+        if not isinstance(record[name], expected) or not record[name]:
+            raise InputError(f"{folder / RECORD} is damaged at {name!r}; train the head again")
+    if record["task"] not in HEADLINE:
+        raise InputError(f"{folder / RECORD}: unknown task {record['task']!r}")
+    if label_set_hash(record["label_set"]) != record["label_set_hash"]:
+        raise InputError(
+            f"{folder / RECORD}: the label set was edited (its hash differs); its order is that of "
+            "the head's outputs, so train the head again"
+        )
+    return record
+
+
+def history_csv(history: Sequence[Mapping[str, Any]]) -> bytes:
+    """history.csv: the keys of all rows as columns."""
+    columns = list(dict.fromkeys(key for row in history for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    if columns:
+        writer.writeheader()
+        writer.writerows(history)
+    return text.getvalue().encode()
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Rows of history.csv, numbers as numbers; none when the file is not there."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{key: _number(text) for key, text in row.items()} for row in csv.DictReader(file)]
+
+
+def _number(text: str) -> Any:
+    if text == "":
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,242 @@
+"""Streamed batches, for sets larger than memory: a window of rows is shuffled while a thread reads
+the next one.
+
+The store's blocks come in random order, and the rows of a window in random order among themselves.
+Where one window holds everything, the batches are those of resident data.
+
+Legend: n rows used, B samples in a batch, C labels.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mmc.heads.batches import (
+    BLOCK_BYTES,
+    Gather,
+    Reader,
+    Rows,
+    derive_seed,
+    order_generator,
+    stored_bytes,
+)
+from mmc.heads.models.base import Batch, Head
+
+if TYPE_CHECKING:
+    from mmc.store import EmbeddingStore
+
+WINDOWS = 2
+"""In memory at a time: one that batches come from while the other is filled."""
+BLOCKS_PER_WINDOW = 16
+"""Blocks are made so small that a window mixes at least so many."""
+_BLOCK_ORDER = 4
+
+
+@dataclass
+class Window:
+    """Room for some prepared rows; filled again and again."""
+
+    inputs: Batch
+    targets: Tensor
+    size: int = 0
+    ready: torch.cuda.Event | None = None
+    """When the copies to a GPU will be through."""
+    free: torch.cuda.Event | None = None
+    """When the GPU will have read the last batch."""
+
+
+class StreamedData:
+    """`Data` read from the store as it is needed (see :class:`mmc.heads.batches.Data`).
+
+    Args:
+        store: where the features are.
+        features: role -> feature.
+        rows: (n,) ascending.
+        targets: of those rows, on ``device``.
+        head: its ``prepare`` is applied to every block that is read.
+        device: where windows lie.
+        dtype: of prepared floats.
+        window_rows: most rows in a window (a block more where blocks are larger).
+    """
+
+    def __init__(
+        self,
+        store: "EmbeddingStore",
+        features: Mapping[str, str],
+        rows: Rows,
+        targets: Tensor,
+        head: Head,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        window_rows: int,
+    ) -> None:
+        self.targets = targets
+        self.window_rows = window_rows
+        self.device, self.dtype = device, dtype
+        self._head = head
+        most = stored_bytes(store, features) * window_rows // BLOCKS_PER_WINDOW
+        self.reader = Reader(
+            store, features, rows, device, block_bytes=max(1, min(BLOCK_BYTES, most))
+        )
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def batches(
+        self, batch_size: int, *, seed: int, reads: Sequence[str] | None = None
+    ) -> "StreamedBatches":
+        """See :class:`mmc.heads.batches.Data`."""
+        return StreamedBatches(self, min(batch_size, len(self)), seed=seed, reads=reads)
+
+    def blocks(self) -> Iterator[Batch]:
+        """See :class:`mmc.heads.batches.Data`."""
+        for block in self.reader.blocks:
+            yield self.prepared(block)
+
+    @torch.no_grad()
+    def prepared(self, block: tuple[int, int]) -> Batch:
+        """What the head prepares of one block, floats as ``dtype``."""
+        return {
+            key: values.to(self.dtype) if values.is_floating_point() else values
+            for key, values in self._head.prepare(self.reader.read(block)).items()
+        }
+
+
+class StreamedBatches:
+    """Shuffled batches of one window after the other; see :class:`mmc.heads.batches.Batches`."""
+
+    def __init__(
+        self, data: StreamedData, batch_size: int, *, seed: int, reads: Sequence[str] | None
+    ) -> None:
+        self.data, self.batch_size, self.seed, self.reads = data, batch_size, seed, reads
+        self._windows: list[Window] = []
+
+    def epoch(self, stage: int, epoch: int) -> Iterator[tuple[Batch, Tensor]]:
+        """See :class:`mmc.heads.batches.Batches`."""
+        generator = order_generator(self.seed, stage, epoch)
+        gather: Gather | None = None
+        filled = 0
+        with self._read_ahead(self.plan(stage, epoch)) as windows:
+            for window in windows:
+                gather = gather or Gather(window.inputs, window.targets, self.batch_size)
+                order = torch.randperm(window.size, generator=generator).to(self.data.device)
+                at = 0
+                while at < window.size:
+                    index = order[at : at + self.batch_size - filled]
+                    gather.fill(filled, window.inputs, window.targets, index)
+                    at, filled = at + len(index), filled + len(index)
+                    if filled == self.batch_size:
+                        yield gather.batch(filled)
+                        filled = 0
+            if gather is not None and filled:
+                yield gather.batch(filled)
+
+    def plan(self, stage: int, epoch: int) -> list[list[tuple[int, int]]]:
+        """The blocks of each window of an epoch, ascending within the window."""
+        blocks = self.data.reader.blocks
+        if len(self.data) <= self.data.window_rows:
+            return [blocks]
+        seed = derive_seed(self.seed, _BLOCK_ORDER, stage, epoch)
+        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
+        windows: list[list[tuple[int, int]]] = [[]]
+        room = self.data.window_rows
+        for block in (blocks[index] for index in order.tolist()):
+            size = block[1] - block[0]
+            if windows[-1] and size > room:
+                windows.append([])
+                room = self.data.window_rows
+            windows[-1].append(block)
+            room -= size
+        return [sorted(window) for window in windows]
+
+    @contextmanager
+    def _read_ahead(self, plan: list[list[tuple[int, int]]]) -> Iterator[Iterator[Window]]:
+        """The windows of ``plan`` one after the other, the next one being read meanwhile."""
+        free: queue.SimpleQueue[Window | None] = queue.SimpleQueue()
+        full: queue.SimpleQueue[Window | BaseException] = queue.SimpleQueue()
+        for window in self._room(plan):
+            free.put(window)
+
+        def read() -> None:
+            try:
+                for blocks in plan:
+                    window = free.get()
+                    if window is None:
+                        return
+                    self._fill(window, blocks)
+                    full.put(window)
+            except BaseException as error:  # handed over: raised where the batches are used
+                full.put(error)
+
+        def windows() -> Iterator[Window]:
+            for _ in plan:
+                found = full.get()
+                if isinstance(found, BaseException):
+                    raise found
+                if found.ready is not None:
+                    found.ready.wait()
+                yield found
+                if found.ready is not None:
+                    found.free = torch.cuda.Event()
+                    found.free.record()
+                free.put(found)
+
+        thread = threading.Thread(target=read, name="mmc-read-ahead", daemon=True)
+        thread.start()
+        try:
+            yield windows()
+        finally:
+            free.put(None)
+            # Windows that were not asked for any more are in nobody's hands: wait for the reader.
+            thread.join()
+
+    def _room(self, plan: list[list[tuple[int, int]]]) -> list[Window]:
+        """The windows' tensors, made once."""
+        if not self._windows:
+            largest = max(sum(last - first for first, last in blocks) for blocks in plan)
+            # Windows of other epochs hold other blocks: up to one block more.
+            largest = max(largest, min(self.data.window_rows, len(self.data)))
+            largest = min(largest + max(b - a for a, b in self.data.reader.blocks), len(self.data))
+            first = self.data.reader.blocks[0]
+            sample = self.data.prepared((first[0], first[0] + 1))
+            keys = self.reads if self.reads is not None else sample
+            self._windows = [
+                Window(
+                    {key: sample[key].new_empty((largest, *sample[key].shape[1:])) for key in keys},
+                    self.data.targets.new_empty((largest, *self.data.targets.shape[1:])),
+                )
+                for _ in range(min(WINDOWS, len(plan)))
+            ]
+        return self._windows
+
+    def _fill(self, window: Window, blocks: list[tuple[int, int]]) -> None:
+        """Read and prepare ``blocks`` into ``window``, on a stream of its own on a GPU."""
+        if self.data.device.type != "cuda":
+            self._copy(window, blocks)
+            return
+        stream = torch.cuda.Stream(self.data.device)
+        with torch.cuda.stream(stream):
+            if window.free is not None:
+                window.free.wait(stream)
+            self._copy(window, blocks)
+            window.ready = torch.cuda.Event()
+            window.ready.record(stream)
+        # Tensors of the copies' way must live until they are through.
+        stream.synchronize()
+
+    def _copy(self, window: Window, blocks: list[tuple[int, int]]) -> None:
+        window.size = 0
+        for first, last in blocks:
+            place = slice(window.size, window.size + last - first)
+            prepared = self.data.prepared((first, last))
+            for key, values in window.inputs.items():
+                values[place] = prepared[key]
+            window.targets[place] = self.data.targets[first:last]
+            window.size = place.stop
