@@ -4,6 +4,7 @@ Options that set a field of a config take their name, type and help from it (`_o
 here imports torch before a command needs it: ``mmc --help`` answers at once.
 """
 
+import dataclasses
 import functools
 import inspect
 import io
@@ -90,11 +91,14 @@ _UsageError: type[Any] = typer.BadParameter.__mro__[2]
 def _options(config: type, fields: str, into: str) -> Callable[[Any], Any]:
     """Give a command an option per field of ``config``; what was set comes as the dict ``into``."""
     docs, hints, names = field_docs(config), typing.get_type_hints(config), fields.split()
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
 
     def wrap(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
         def call(**given: Any) -> Any:
             settings = {name: given.pop(name) for name in names}
+            for name in [name for name, value in settings.items() if value == ""]:
+                raise InputError(f"--{name.replace('_', '-')} is empty; leave it out")
             given[into] = {
                 name: tuple(value) if isinstance(value, list) else value
                 for name, value in settings.items()
@@ -104,7 +108,7 @@ def _options(config: type, fields: str, into: str) -> Callable[[Any], Any]:
 
         signature = inspect.signature(command)
         own = [p for p in signature.parameters.values() if p.name != into]
-        added = [_option(name, hints[name], docs[name]) for name in names]
+        added = [_option(name, hints[name], docs[name], defaults[name]) for name in names]
         call.__signature__ = signature.replace(parameters=own + added)  # type: ignore[attr-defined]
         call.__annotations__ = {p.name: p.annotation for p in own + added}
         return call
@@ -112,7 +116,7 @@ def _options(config: type, fields: str, into: str) -> Callable[[Any], Any]:
     return wrap
 
 
-def _option(name: str, hint: Any, doc: str) -> inspect.Parameter:
+def _option(name: str, hint: Any, doc: str, default: Any) -> inspect.Parameter:
     """A keyword parameter that Typer shows as ``--name``; values are converted by the config."""
     inner = hint
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
@@ -122,8 +126,9 @@ def _option(name: str, hint: Any, doc: str) -> inspect.Parameter:
     flag = bool(inner is bool)
     option = typer.Option(
         RENAMED.get(name, "--" + name.replace("_", "-")),
-        help=" ".join(doc.split()),
+        help=_with_default(" ".join(doc.split()), default),
         show_default=False,
+        metavar="<text>" if inner == list[str] else None,
         autocompletion=_names(COMPLETED[name]) if name in COMPLETED else None,
     )
     kind = bool if flag else inner | None
@@ -133,6 +138,12 @@ def _option(name: str, hint: Any, doc: str) -> inspect.Parameter:
         default=False if flag else None,
         annotation=Annotated[kind, option],
     )
+
+
+def _with_default(doc: str, default: Any) -> str:
+    """The help of an option with its default, where that says something."""
+    silent = default is None or default in (False, "", ())
+    return doc if silent or "default" in doc.lower() else f"{doc} [default: {default}]"
 
 
 def _say(line: str) -> None:
@@ -214,7 +225,11 @@ def extract_command(
         ),
     ],
     name: Annotated[
-        list[str] | None, typer.Option(help="Its name in the store, one for each --backbone.")
+        list[str] | None,
+        typer.Option(
+            help="Its name in the store, one for each --backbone; default: the model's, such as "
+            "ViT-B-32 or all-MiniLM-L6-v2."
+        ),
     ] = None,
     json_output: Json = False,
     *,
@@ -345,7 +360,7 @@ def train_head_command(
 
 
 @app.command("predict")
-@_options(SourceOptions, SOURCE, into="source_options")
+@_options(SourceOptions, SOURCE.replace("dedupe ", ""), into="source_options")
 @_options(PredictConfig, PREDICT, into="settings")
 def predict_command(
     run: RunPath,
@@ -355,6 +370,13 @@ def predict_command(
     out: Annotated[Path, typer.Option(help="CSV file to write.")],
     store: Annotated[
         str | None, typer.Option(help="Keep the embeddings of a source here, for the next time.")
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of labels, one a line, to score instead of those trained on (heads that "
+            "read label texts)."
+        ),
     ] = None,
     json_output: Json = False,
     *,
@@ -367,6 +389,7 @@ def predict_command(
     Example:
       mmc predict my.run my.store --split test --out predictions.csv --scores
       mmc predict my.run new.csv --out predictions.csv --store new.store
+      mmc predict zero.run my.store --labels new_labels.txt --out predictions.csv
     """
     from mmc.extract.inputs import check_out, open_input
     from mmc.extract.progress import Progress
@@ -376,6 +399,15 @@ def predict_command(
     config = build(PredictConfig, settings, where="mmc predict")
     check_out(out, run, input_)
     loaded = Run.load(run)
+    if labels is not None:
+        from mmc.extract.label_text import embed_labels_like
+        from mmc.heads.newlabels import read_labels, text_recipe
+
+        names, recipe = read_labels(labels), text_recipe(loaded)
+        loaded = loaded.with_labels(
+            names,
+            embed_labels_like(recipe.backbone, names, recipe.templates, device=config.device),
+        )
     with (
         Progress() as progress,
         open_input(
@@ -392,10 +424,9 @@ def predict_command(
     ):
         if rows is not None:
             config = replace(config, split=config.split or default_split(opened, rows))
-        try:
-            loaded.check_labels(opened.label_set, input_)
-        except InputError as error:
-            _say(f"warning: {error}; predicting all the same, without comparing")
+        if labels is None:
+            for line in loaded.compare_labels(opened.label_set, input_):
+                _say(f"warning: {line}")
         report = predict_csv(loaded, opened, out, config, rows=rows, progress=progress)
     if json_output:
         _print_json(asdict(report))
@@ -480,7 +511,9 @@ def verify_command(
         _print_json([asdict(problem) for problem in problems])
     for problem in [] if json_output else problems:
         print(f"{problem.file}: {problem.what}")
-    _say(conclusion(problems, store, repaired=repair))
+    said = conclusion(problems, store, repaired=repair)
+    if not json_output:
+        print(said)
 
 
 @app.command("compact")

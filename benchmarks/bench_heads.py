@@ -32,7 +32,7 @@ from mmc.heads.models import HEADS
 from mmc.heads.models.base import Head
 from mmc.heads.models.dropout import Dropout
 from mmc.heads.options import OptimConfig
-from mmc.heads.trainer import default_batch, default_lr
+from mmc.heads.training import default_batch, default_lr
 from mmc.store.registry import load, lookup
 
 FIELDS, WIDTH, LABELS, LATENT = 2, 512, 80, 64

@@ -26,7 +26,7 @@ from mmc.heads.losses.bce import BCE
 from mmc.heads.models.linear import Linear, LinearConfig
 from mmc.heads.options import OptimConfig
 from mmc.heads.streaming import WINDOWS, StreamedData
-from mmc.heads.trainer import default_batch
+from mmc.heads.training import default_batch
 from mmc.store import EmbeddingStore, FieldSpec
 
 LABELS, ROUNDS = 80, 5

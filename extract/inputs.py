@@ -17,6 +17,8 @@ from mmc.extract.sources.splits import split_named
 from mmc.store import EmbeddingStore
 from mmc.store.errors import InputError, NotAStoreError
 
+_COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip"}
+
 Opened = tuple[EmbeddingStore, NDArray[np.int64] | None]
 
 
@@ -75,11 +77,17 @@ def is_store(path: str) -> bool:
 
 
 def check_out(out: Path, run: Path, input_: str) -> None:
-    """Refuse to write predictions over what they are made from.
+    """Refuse what is no place for predictions, and to write them over what they are made from.
 
     Raises:
-        InputError: ``out`` is the input, a table of it, or lies in a run or a store.
+        InputError: ``out`` is no name for a CSV file, is the input or a table of it, or lies in a
+            run or a store.
     """
+    if out.exists() and not out.is_file():
+        what = "a folder" if out.is_dir() else "no ordinary file"
+        raise InputError(f"--out {out} is {what}; name a CSV file")
+    if out.suffix.lower() in _COMPRESSED:
+        raise InputError(f"--out {out}: the CSV file is not compressed; name it {out.stem}")
     target = out.absolute()
     inputs = [Path(piece.rpartition("=")[2]).absolute() for piece in input_.split(",")]
     folders = [path for path in target.parents if (path / "run.json").is_file()]

@@ -12,6 +12,8 @@ from mmc.extract.sources import SourceOptions
 from mmc.store.errors import InputError
 from mmc.store.schema import check_name
 
+LARGEST_BATCH = 8192
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
@@ -71,6 +73,11 @@ class ExtractConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+        if self.batch_size is not None and self.batch_size > LARGEST_BATCH:
+            raise InputError(
+                f"--batch-size may be {LARGEST_BATCH:,} at most, got {self.batch_size:,}: every "
+                "batch is filled up to it, so that results do not depend on what else is extracted"
+            )
         for template in self.label_template or ():
             if "{label}" not in template:
                 raise InputError(f"the label template {template!r} has no {{label}} in it")

@@ -37,7 +37,8 @@ class Progress:
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
+        # Python has no stderr at all where the caller has closed it.
+        self._stream: TextIO | None = stream or sys.stderr
         self._bars: Bars | None = None
         self._tasks: dict[str, TaskID] = {}
         self._started: dict[str, tuple[float, int]] = {}
@@ -45,7 +46,7 @@ class Progress:
         self._printed: dict[str, tuple[float, int]] = {}
 
     def __enter__(self) -> "Progress":
-        if self._stream.isatty():
+        if self._stream is not None and self._stream.isatty():
             self._bars = Bars(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -72,6 +73,8 @@ class Progress:
             if stage not in self._tasks:
                 self._tasks[stage] = self._bars.add_task(stage, total=total)
             self._bars.update(self._tasks[stage], completed=done, total=total)
+            return
+        if self._stream is None:
             return
         now = time.monotonic()
         start, before = self._started.setdefault(stage, (now, done))

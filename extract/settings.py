@@ -88,6 +88,13 @@ def choose_fields(
     if store is not None and provenance is not None:
         there = [name for name in store.record(alias).fields if name in backbone.fields]
         asked = config.fields or tuple(provenance.context.get("fields", there))
+        lacking = [name for name in asked if name not in backbone.fields]
+        if lacking and not config.fields:
+            raise InputError(
+                f"{alias!r} in {store.path} was made by {provenance.context.get('spec')}, and "
+                f"{backbone.context['spec']} gives no {', '.join(lacking)}; choose another --name, "
+                "or replace it with --overwrite"
+            )
     for name in asked:
         if name not in backbone.fields:
             raise InputError(

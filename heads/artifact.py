@@ -205,6 +205,24 @@ class Run:
                 f"{len(self.label_set)} labels; train on this store, or fix the labels"
             )
 
+    def compare_labels(self, label_set: Sequence[str], where: str) -> list[str]:
+        """What to say before predicting on data that has the labels ``label_set``, or none.
+
+        Raises:
+            InputError: it has labels, and none of them is one of this run's.
+        """
+        try:
+            self.check_labels(label_set, where)
+        except InputError as error:
+            if not set(label_set) & set(self.label_set):
+                raise InputError(
+                    f"{where} has other labels ({', '.join(map(repr, label_set[:3]))} ...) than "
+                    f"the run ({', '.join(map(repr, self.label_set[:3]))} ...): it was trained on "
+                    "other data; give samples without labels to predict all the same"
+                ) from None
+            return [f"{error}; predicting all the same, without comparing"]
+        return []
+
     def recipe(self) -> list[dict[str, Any]]:
         """What to extract before predicting on a raw source: one dictionary per alias.
 

@@ -7,16 +7,19 @@ random in an epoch follows from (seed, stage, epoch).
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from mmc.heads.runfiles import CARD, CHECKPOINTS, HISTORY, RECORD, WEIGHTS, write_atomic
-from mmc.store.errors import InputError
+from mmc.store.errors import InputError, MmcError
 
 FILE = "last.safetensors"
 _RECORD = "mmc"
@@ -64,6 +67,32 @@ class Checkpoints:
     def remove(self) -> None:
         """Forget the checkpoint (the run is whole, or starts again)."""
         shutil.rmtree(self.path.parent, ignore_errors=True)
+
+
+@contextmanager
+def claimed(run: Path) -> Iterator[None]:
+    """Keep other trainings out of a run's folder; leaves no trace where nothing was saved.
+
+    Raises:
+        MmcError: one is at work there.
+    """
+    folder, made = run / CHECKPOINTS, not run.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise MmcError(
+            f"{run} is being trained by another process; wait for it, or name another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        (folder / ".lock").unlink(missing_ok=True)
+        for empty in (folder, run) if made else (folder,):
+            with suppress(OSError):  # it holds something
+                empty.rmdir()
 
 
 def clear_run(folder: Path) -> None:

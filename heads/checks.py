@@ -40,9 +40,11 @@ class Check:
     detail: str
     warning: bool = False
     """It passed, but somebody should look."""
+    asked: bool = True
+    """Whether there was something to answer."""
 
     def __str__(self) -> str:
-        mark = "FAIL" if not self.ok else "warn" if self.warning else "ok"
+        mark = "FAIL" if not self.ok else "warn" if self.warning else "ok" if self.asked else "-"
         return f"{mark:<4}  {self.name}: {self.detail}"
 
 
@@ -242,7 +244,7 @@ class _Tally:
     def probabilities_in_range(self) -> Check:
         name = "probabilities in [0, 1]"
         if not self.score_cells:
-            return Check(name, True, NO_SCORES)
+            return Check(name, True, NO_SCORES, asked=False)
         if self.low < 0 or self.high > 1:
             return Check(name, False, f"{self.low:.4g} to {self.high:.4g}: logits, not chances?")
         if self.sum_error > 1e-4:
@@ -252,7 +254,7 @@ class _Tally:
     def no_null_probabilities(self) -> Check:
         name = "no null probabilities"
         if not self.score_cells:
-            return Check(name, True, NO_SCORES)
+            return Check(name, True, NO_SCORES, asked=False)
         detail = f"{self.score_nulls} of {self.score_cells} are empty or not a number"
         return Check(name, not self.score_nulls, detail if self.score_nulls else "none")
 
@@ -304,7 +306,7 @@ class _Tally:
         name = "better than random"
         chance = self.chance
         if not chance.rows:
-            return Check(name, True, "not compared: these samples have no labels")
+            return Check(name, True, "not compared: these samples have no labels", asked=False)
         expected, reached, best = chance.deviations()
         detail = (
             f"{chance.hits:.0f} of {chance.true.sum():.0f} labels found, {expected:.1f} by chance, "

@@ -15,6 +15,7 @@ scores too. Scores are written with the digits that give the same float32 back.
 Legend: n rows, C labels.
 """
 
+import contextlib
 import csv
 import os
 from collections.abc import Iterable, Mapping
@@ -27,7 +28,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmc.store.errors import InputError
+from mmc.store.errors import InputError, MmcError
 
 if TYPE_CHECKING:
     from mmc.heads.artifact import Run
@@ -128,22 +129,29 @@ def write(blocks: Iterable["Predictions"], path: str | Path, layout: Layout) -> 
 
     Raises:
         InputError: the path cannot be written.
+        MmcError: the disk is full.
     """
     path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    # A link stays one; a pipe or a device would be replaced by a file.
+    target = Path(os.path.realpath(path))
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise InputError(f"cannot write {path}: it is no ordinary file; name one, and read that")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             file.write((",".join(quote_one(name) for name in layout.header) + "\n").encode())
             for block in blocks:
                 _write_block(file, block, layout)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+        partial.replace(target)
     except (IsADirectoryError, NotADirectoryError, FileExistsError, PermissionError) as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
+    except OSError as error:
+        raise MmcError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        if partial.exists():
+        with contextlib.suppress(OSError):
             partial.unlink()
     return path
 

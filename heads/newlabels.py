@@ -9,6 +9,7 @@ import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
@@ -44,6 +45,21 @@ def text_recipe(run: Run) -> TextRecipe:
         )
     backbone = next(entry for entry in run.recipe() if entry["alias"] == found["alias"])
     return TextRecipe(backbone=backbone, templates=templates(found["prompt"]))
+
+
+def read_labels(path: Path) -> tuple[str, ...]:
+    """The labels in a text file, one a line; empty lines count for nothing.
+
+    Raises:
+        InputError: no such file, or it is not text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise InputError(f"labels {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"labels {path} are not UTF-8 text: {error}") from None
+    return tuple(line.strip() for line in lines if line.strip())
 
 
 def templates(prompt: str) -> tuple[str, ...]:

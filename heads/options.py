@@ -1,5 +1,6 @@
 """What a training is told: frozen settings, and ``--set group.key=value``. Imports no torch."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -87,8 +88,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
-        if self.lr is not None and not self.lr > 0:
-            raise InputError(f"--lr must be above 0, got {self.lr}")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise InputError(f"--lr must be above 0 and finite, got {self.lr}")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"--seed must be in [0, 2^63), got {self.seed}")
         if self.precision not in ("auto", "bf16", "float32"):

@@ -56,23 +56,25 @@ def read_blocks(path: str | Path, layout: Layout) -> Iterator[Block]:
     names = [f"c{i}" for i in range(len(header))]
     numbers = _number_columns(layout)
     types = {n: pa.float32() if i in numbers else pa.string() for i, n in enumerate(names)}
-    reader = pacsv.open_csv(
-        path,
-        pacsv.ReadOptions(column_names=names, skip_rows_after_names=1, block_size=8 << 20),
-        pacsv.ParseOptions(newlines_in_values=True),
-        pacsv.ConvertOptions(column_types=types, null_values=[""], strings_can_be_null=False),
-    )
     held: pa.Table | None = None
-    for batch in reader:
-        table = pa.Table.from_batches([batch])
-        if layout.form != "long":
-            yield from _split(table, layout)
-            continue
-        # The last sample's lines may go on in the next batch.
-        table = table if held is None else pa.concat_tables([held, table]).combine_chunks()
-        starts = _starts(table)
-        yield from _split_long(table.slice(0, starts[-1]), layout)
-        held = table.slice(starts[-1])
+    # Opened here: Arrow would read a name's ~ and its .gz in its own way.
+    with open(path, "rb") as file:
+        reader = pacsv.open_csv(
+            file,
+            pacsv.ReadOptions(column_names=names, skip_rows_after_names=1, block_size=8 << 20),
+            pacsv.ParseOptions(newlines_in_values=True),
+            pacsv.ConvertOptions(column_types=types, null_values=[""], strings_can_be_null=False),
+        )
+        for batch in reader:
+            table = pa.Table.from_batches([batch])
+            if layout.form != "long":
+                yield from _split(table, layout)
+                continue
+            # The last sample's lines may go on in the next batch.
+            table = table if held is None else pa.concat_tables([held, table]).combine_chunks()
+            starts = _starts(table)
+            yield from _split_long(table.slice(0, starts[-1]), layout)
+            held = table.slice(starts[-1])
     if held is not None:
         yield from _split_long(held, layout)
 

@@ -8,6 +8,7 @@ README.md          model card
 checkpoints/       the trainer's
 """
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mmc.heads.metrics import HEADLINE
-from mmc.store.errors import FormatVersionError, InputError
+from mmc.store.errors import FormatVersionError, InputError, MmcError
 
 FORMAT = 1
 WEIGHTS, RECORD, HISTORY, CARD, CHECKPOINTS = (
@@ -82,7 +83,11 @@ def check_output(path: str | Path) -> Path:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``path`` whole or not at all: beside it, synced, then renamed."""
+    """Write ``path`` whole or not at all: beside it, synced, then renamed.
+
+    Raises:
+        MmcError: the disk is full or not ours to write.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
@@ -90,8 +95,12 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise MmcError(f"cannot write {path}: {reason}; make room or rights, then go on") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -143,11 +152,19 @@ def history_csv(history: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """Rows of history.csv, numbers as numbers; none when the file is not there."""
+    """Rows of history.csv, numbers as numbers; none when the file is not there.
+
+    Raises:
+        InputError: it is damaged.
+    """
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{key: _number(text) for key, text in row.items()} for row in csv.DictReader(file)]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, strict=True))
+        return [{key: _number(text) for key, text in row.items()} for row in rows]
+    except (OSError, ValueError, TypeError, csv.Error):
+        raise InputError(f"{path} is damaged; delete it, for predictions do not need it") from None
 
 
 def _number(text: str) -> Any:

@@ -54,6 +54,12 @@ def choose(store: "EmbeddingStore", features: Sequence[str], *, trains: bool) ->
         name: _usable(store, features, split, name, notes)
         for name, split in (("train", marked), ("val", "val"), ("test", "test"))
     }
+    meant = store.rows(split="val")
+    if trains and len(meant) and _waiting(store, features, meant) == len(meant):
+        raise InputError(
+            f"none of the {len(meant):,} val samples of {store.path} is embedded yet; run the same "
+            "`mmc extract` again to finish it"
+        )
     if marked == "" and len(rows["train"]):
         notes.append("no row is marked train: rows without a split are used for training")
     if not len(rows["val"]) and len(rows["train"]):
@@ -85,7 +91,7 @@ def _seen(
     if what:
         notes.append(
             f"warning: of {len(rows[name]):,} {name} samples {what}: new samples may do worse than "
-            "the figures (`mmc extract --dedupe` drops exact copies)"
+            "the figures (`mmc extract --dedupe` drops samples that share both picture and text)"
         )
     return seen
 
@@ -117,17 +123,17 @@ def _usable(
     labelled = store.labels.known[done]
     if store.task in ("binary", "multiclass"):
         labelled &= np.diff(store.labels.indptr)[done] == 1
-    not_done, unlabelled = len(everything) - len(done), int((~labelled).sum())
+    waiting = _waiting(store, features, everything)
+    not_done, unlabelled = len(everything) - len(done) - waiting, int((~labelled).sum())
     left_out = [
         f"{count:,} {what}"
         for count, what in ((not_done, "without features"), (unlabelled, "without labels"))
         if count
     ]
-    waiting = _waiting(store, features, everything)
     if waiting:
         notes.append(
-            f"warning: {waiting:,} of {len(everything):,} {name} rows are not embedded yet; "
-            "finish `mmc extract`"
+            f"warning: {waiting:,} of {len(everything):,} {name} rows are not embedded yet and are "
+            "left out; finish `mmc extract`"
         )
     if left_out and (name != "test" or not_done):
         notes.append(f"{name}: {' and '.join(left_out)} of {len(everything):,} rows are left out")

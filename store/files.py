@@ -149,11 +149,16 @@ def open_files(path: str | os.PathLike[str]) -> Files:
     """The files under a local path (``~`` is the home folder) or an fsspec URL.
 
     Raises:
-        InputError: an empty path, or a URL whose protocol fsspec does not know or cannot load.
+        InputError: an empty path, one that is not UTF-8, or a URL whose protocol fsspec does not
+            know or cannot load.
     """
     url = os.fspath(path)
     if not url.strip():
         raise InputError("the path of the store is empty")
+    try:
+        url.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"the path of the store, {url!r}, is not UTF-8; rename it") from None
     typed = _ONE_SLASH.match(url)
     if typed:
         right = f"{typed[1]}://{url[typed.end(1) + 1 :]}".replace(":///", "://")

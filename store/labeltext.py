@@ -65,7 +65,7 @@ def read_label_text(files: Files, prefix: str) -> LabelText | None:
         labels, prompt = tuple(attributes["labels"]), attributes["prompt"]
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedStoreError(
-            f"{files.where(folder)}/zarr.json is damaged: {error!r}; {REMEDY}"
+            f"{files.where(folder)}/zarr.json is damaged: {type(error).__name__}: {error}; {REMEDY}"
         ) from None
     if not same:
         raise DamagedStoreError(f"{where} belongs to other label names; {REMEDY}")

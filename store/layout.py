@@ -128,7 +128,7 @@ class Layout:
             same = all(data[key] == expected[key] for key in expected if key != "attributes")
         except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
             raise DamagedStoreError(
-                f"{where} is not the metadata of a feature: {error!r}"
+                f"{where} is not the metadata of a feature: {type(error).__name__}: {error}"
             ) from None
         if not same:
             raise DamagedStoreError(f"{where} is not the metadata of a format {FORMAT} feature")

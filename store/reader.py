@@ -26,6 +26,7 @@ from mmc.store.labeltext import read_label_text
 from mmc.store.places import check_free, nearest, not_a_store
 from mmc.store.samples import (
     ROOT,
+    SAMPLES,
     Labels,
     Rows,
     SamplesFile,
@@ -79,9 +80,18 @@ class EmbeddingStore:
         """
         files = open_files(path)
         raw = files.read(ROOT)
-        if raw is None:
+        # Lost, if embeddings were ever committed: it is written before them.
+        lost = raw is None and files.size(SAMPLES) is not None and bool(alias_names(files))
+        if raw is None and not lost:
             raise NotAStoreError(not_a_store(files))
-        if mmc_attributes(raw, files.where(ROOT)) is None:
+        try:
+            ours = raw is None or mmc_attributes(raw, files.where(ROOT)) is not None
+        except DamagedStoreError:
+            # A copy of what samples.parquet says, which the next writer and `repair` put back.
+            if files.size(SAMPLES) is None:
+                raise
+            ours = True
+        if not ours:
             raise NotAStoreError(
                 f"{files.url} is a zarr node that mmc did not make; `mmc extract` makes stores"
             )

@@ -83,7 +83,9 @@ class StoreMeta:
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, InputError):
                 raise
-            raise DamagedStoreError(f"{where} is damaged: {error!r} in its metadata") from None
+            raise DamagedStoreError(
+                f"{where} is damaged: {type(error).__name__}: {error} in its metadata"
+            ) from None
 
 
 def check_meta(label_set: Sequence[str], task: str, source: dict[str, Any]) -> StoreMeta:

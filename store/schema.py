@@ -98,9 +98,15 @@ def canonical_json(value: Any, what: str) -> str:
         InputError: ``what`` holds something that JSON cannot hold.
     """
     try:
-        return json.dumps(
+        text = json.dumps(
             value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
         )
+        text.encode()
+        return text
+    except UnicodeEncodeError as error:
+        before, after = error.object[: error.start], error.object[error.start :]
+        name = before.rpartition('"')[2] + after.partition('"')[0]
+        raise InputError(f"{what} holds a name that is not UTF-8: {name!r}; rename it") from None
     except (TypeError, ValueError) as error:
         raise InputError(f"{what} cannot be kept as JSON: {error}") from None
 
@@ -223,7 +229,9 @@ class AliasRecord:
             )
             same = attributes["fingerprint"] == record.provenance.fingerprint
         except (KeyError, TypeError, AttributeError, InputError) as error:
-            raise DamagedStoreError(f"{where} is damaged: {error!r}") from None
+            raise DamagedStoreError(
+                f"{where} is damaged: {type(error).__name__}: {error}"
+            ) from None
         if not same:
             raise DamagedStoreError(
                 f"{where} is damaged: its fingerprint is not the hash of its identity; "

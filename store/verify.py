@@ -1,6 +1,7 @@
 """Checking every byte of a store that counts, mending what can be, and dropping gone rows."""
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -26,6 +27,7 @@ from mmc.store.compaction import compact_files, finish
 from mmc.store.errors import DamagedStoreError, MmcError
 from mmc.store.files import Files
 from mmc.store.labeltext import LABEL_TEXT, read_label_text
+from mmc.store.layout import status_json
 from mmc.store.locks import exclusive
 from mmc.store.mapped import open_shard
 from mmc.store.reader import EmbeddingStore
@@ -207,8 +209,9 @@ def _alias(files: Files, alias: str, rows: int, generation: int) -> Iterator[Pro
         return
     prefix, record = found
     for key, _ in arrays_json(record, rows):
-        if key.startswith("status_") and files.read(f"{prefix}/{key}") is None:
-            yield _problem(files, f"{prefix}/{key}", alias, "it is missing", "array")
+        what = _status_fault(files, f"{prefix}/{key}", record) if key.startswith("status_") else ""
+        if what:
+            yield _problem(files, f"{prefix}/{key}", alias, what, "array")
     for tower in record.towers:
         yield from _tower(files, prefix, alias, record, tower, rows)
     yield from _failures(files, prefix, alias, record, rows)
@@ -216,6 +219,22 @@ def _alias(files: Files, alias: str, rows: int, generation: int) -> Iterator[Pro
         read_label_text(files, prefix)
     except DamagedStoreError as error:
         yield _problem(files, f"{prefix}/{LABEL_TEXT}", alias, error, "label_text")
+
+
+def _status_fault(files: Files, key: str, record: AliasRecord) -> str:
+    """What is wrong with a status's metadata, which only other zarr readers need."""
+    raw = files.read(key)
+    if raw is None:
+        return "it is missing"
+    try:
+        stored = json.loads(raw)
+        rows = int(stored["shape"][0])
+    except (ValueError, KeyError, TypeError, IndexError):
+        return "it is damaged: not the metadata of an array"
+    # Read after it: rows are added to the samples first.
+    fits = 0 <= rows <= SamplesFile(files).num_rows
+    same = stored == status_json(rows, record.shard_rows)
+    return "" if fits and same else "it is not the metadata of this status"
 
 
 def _failures(

@@ -49,7 +49,7 @@ def build(spec: str, parts: Sequence[Part], options: SourceOptions) -> Samples:
     )
     header = _header_names(roles)
     form = _form(parts[0].format, header)
-    notes = [_format_line(parts, form, header)]
+    notes = [_format_line(parts, form, header, options.text_template)]
     notes += [note for part in parts for note in part.records.notes]
     notes += dict.fromkeys(note for role in roles for note in role.notes)
 
@@ -165,15 +165,20 @@ def _form(format_name: str, header: dict[str, str | None]) -> str:
     return "table"
 
 
-def _format_line(parts: Sequence[Part], form: str, header: dict[str, str | None]) -> str:
+def _format_line(
+    parts: Sequence[Part], form: str, header: dict[str, str | None], template: str | None
+) -> str:
     kinds = dict.fromkeys(part.records.description for part in parts)
     named = {"kaggle": "Kaggle ", "hateful-memes": "hateful-memes "}.get(form, "")
     used: dict[str, list[str]] = {}
     for role, name in header.items():
+        if role == "text" and template is not None:
+            name = f"the template {template!r}"
         if name is not None:
             used.setdefault(name, []).append(role)
     columns_used = "; ".join(
-        f"{' and '.join(roles)} from {shown(name)}" for name, roles in used.items()
+        f"{' and '.join(roles)} from {name if 'text' in roles and template else shown(name)}"
+        for name, roles in used.items()
     )
     return f"format: {named}{' and '.join(kinds)} ({columns_used})"
 

@@ -46,6 +46,7 @@ class Cells:
             # A backslash in a cell is no reason to warn about Python's string escapes.
             warnings.simplefilter("ignore", SyntaxWarning)
             lists = [self._listed(code, text) for code, text in enumerate(self.texts)]
+        self._check_named(lists)
         plain = [text for text, listed in zip(self.texts, lists, strict=True) if listed is None]
         divide = self._divider([text for text in plain if text], separator)
         result = []
@@ -53,6 +54,17 @@ class Cells:
             self.several |= listed is not None
             result.append(divide(text) if listed is None else listed)
         return result
+
+    def _check_named(self, lists: Sequence[list[str] | None]) -> None:
+        """Raises InputError for 0 or 1 in the place of each label: that would be labels 0 and 1."""
+        sizes = {len(one) for one in lists if one}
+        items = {item for one in lists if one for item in one}
+        if len(sizes) == 1 and max(sizes) > 2 and items <= {"0", "1", "0.0", "1.0"}:
+            code = next(code for code, one in enumerate(lists) if one)
+            raise InputError(
+                f"{self._place(code)}: the labels are lists of {max(sizes)} zeros and ones, such as"
+                f" {shown(self.texts[code])}; write the names of the labels that a sample has"
+            )
 
     def exact(self, label_set: Sequence[str]) -> list[list[str]]:
         """The labels in each cell of a format that knows them: a name, or a JSON list of names."""

@@ -126,6 +126,11 @@ def read_labels(
         [text if use else "" for text, use in zip(texts, used, strict=True)], place, kaggle=kaggle
     )
     parts = cut.parts(separator) if label_set is None else cut.exact(label_set)
+    if separator is not None and not any(separator in text for text in texts):
+        notes.append(
+            f"warning: no label cell contains {separator!r}, so each cell is one label; leave "
+            "--label-separator out to have it recognised"
+        )
     sets, names, merged = _named(parts, label_set, merge, need_merged, cut.notes)
     lengths = np.array([len(cell) for cell in sets])
     one_each = bool(merged) and bool((lengths[used] == 1).all())

@@ -17,6 +17,7 @@ from mmc.extract.sources.build import build
 from mmc.extract.sources.splits import normalise, numbered, split_of_file, without_number
 from mmc.store.errors import InputError
 from mmc.store.registry import Entry, entries, load
+from mmc.store.schema import canonical_json
 
 GROUP = "mmc.sources"
 
@@ -42,6 +43,7 @@ def read_source(spec: str, options: SourceOptions | None = None) -> Samples:
         parts.append(Part(split, entry.name, records))
     _ids_from_one_folder(parts)
     samples = build(_canonical(spec), parts, options)
+    canonical_json(samples.source, "the source")
     samples.notes = list(dict.fromkeys([*notes, *samples.notes]))
     return samples
 

@@ -20,7 +20,7 @@ from typing import Any
 from mmc.extract.sources.arrow import ArrowFile
 from mmc.extract.sources.base import Records, SourceOptions, listed
 from mmc.extract.sources.splits import normalise
-from mmc.extract.sources.typed import Features, read_records
+from mmc.extract.sources.typed import Features, features_of, read_records
 from mmc.store.errors import InputError
 
 SCHEME = "hf-dataset:"
@@ -100,7 +100,7 @@ def read_saved(folder: str, splits: Sequence[str] | None, options: SourceOptions
             raise InputError(f"{os.path.join(folder, _DICT)} names no splits; save it again")
         parts = {split: os.path.join(folder, split) for split in _chosen(there, splits, folder)}
     files = []
-    features: Features = {}
+    features: list[Features] = []  # of each file: splits may number the same classes otherwise
     for split, part in parts.items():
         if not _is_saved(part):
             raise InputError(f"{part} is not there or not complete; save the data set again")
@@ -109,10 +109,11 @@ def read_saved(folder: str, splits: Sequence[str] | None, options: SourceOptions
             raise InputError(
                 f"{part} was saved as a selection of rows; call flatten_indices() and save it again"
             )
-        features = {**_json(os.path.join(part, _INFO)).get("features", {}), **features}
+        its = _json(os.path.join(part, _INFO)).get("features") or None
         for file in state.get("_data_files", []):
             path = os.path.join(part, os.path.basename(str(file.get("filename"))))
             files.append((None if split is None else normalise(split), ArrowFile(path)))
+            features.append(features_of(files[-1][1].schema) if its is None else its)
     if not files:
         raise InputError(f"{folder} names no data files; save the data set again")
     return read_records(
@@ -120,7 +121,7 @@ def read_saved(folder: str, splits: Sequence[str] | None, options: SourceOptions
         options,
         folder=folder,
         description="saved Hugging Face data set",
-        features=features or None,
+        features=features,
     )
 
 
@@ -176,15 +177,15 @@ def _read_loaded(
     loaded: dict[str, Any], splits: Sequence[str] | None, spec: str, options: SourceOptions
 ) -> Records:
     files = []
-    features: Features = {}
+    features: list[Features] = []
     for split in _chosen(list(loaded), splits, spec):
-        features = {**loaded[split].features.to_dict(), **features}
         paths = [file["filename"] for file in loaded[split].cache_files]
         if not paths and len(loaded[split]):
             raise InputError(
                 f"{spec} is held in memory and not in files; set HF_DATASETS_IN_MEMORY_MAX_SIZE=0"
             )
         files += [(normalise(split), ArrowFile(os.path.abspath(path))) for path in paths]
+        features += [loaded[split].features.to_dict()] * len(paths)
     if not files:
         raise InputError(f"{spec} has no rows")
     return read_records(

@@ -31,12 +31,12 @@ def text_of(part: Part, roles: Roles, options: SourceOptions) -> pa.ChunkedArray
     for literal, name in _template(options.text_template):
         pieces.append(pa.scalar(literal))
         if name is not None:
-            found = columns.find_column(part.records.columns.column_names, name)
-            if found is None:
+            # To the letter: in a table with `caption` beside `text`, `{Caption}` is a mistake.
+            if name not in part.records.columns.column_names:
                 raise columns.missing_column(
                     part.records.where, name, part.records.columns.column_names, "text_template"
                 )
-            cells.append(part.column(found))
+            cells.append(part.column(name))
             pieces.append(cells[-1])
     joined = pc.binary_join_element_wise(
         *pieces, pa.scalar(""), null_handling="replace", null_replacement=""

@@ -80,20 +80,21 @@ def read_records(
     *,
     folder: str,
     description: str,
-    features: Features | None = None,
+    features: Sequence[Features] | None = None,
 ) -> Records:
     """The records of the files of one table.
 
     Args:
         files: (split or None, file) of each.
         folder: that image paths start from; the files lie below it.
-        features: of all files; None = each file's own.
+        features: of each file; None = what the files say themselves.
 
     Raises:
         InputError: no rows, or columns that differ too much.
     """
     split_column = "split" if any(split for split, _ in files) else None
-    known = [_columns(file, features) for _, file in files]
+    features = features or [features_of(file.schema) for _, file in files]
+    known = [_columns(file, its) for (_, file), its in zip(files, features, strict=True)]
     picture = _picture_column(known, options)
     tables, classes = [], dict[str, tuple[str, ...]]()
     for (split, file), columns in zip(files, known, strict=True):
@@ -150,8 +151,7 @@ def _place(paths: Sequence[str], rows: Sequence[int]) -> Callable[[int], str]:
     return place
 
 
-def _columns(file: TypedFile, features: Features | None) -> Columns:
-    features = features_of(file.schema) if features is None else features
+def _columns(file: TypedFile, features: Features) -> Columns:
     found = Columns([], [], {}, [])
     for column in file.schema:
         feature = features.get(column.name)

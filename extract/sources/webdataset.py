@@ -178,11 +178,15 @@ class _Source:
         return self._of_tars([_split(name) for name in self.tars])
 
     def _folders(self) -> pa.ChunkedArray | None:
-        """The first folder that is no split; None where there are not two of them."""
-        folders = []
-        for name in self.tars:
-            inner = [part for part in name.split("/")[:-1] if split_named(part) is None]
-            folders.append(inner[0] if inner else None)
+        """The first folder that is no split and not above all; None where there are not two."""
+        inner = [
+            [part for part in name.split("/")[:-1] if split_named(part) is None]
+            for name in self.tars
+        ]
+        above = 0
+        while all(len(parts) > above for parts in inner) and len({p[above] for p in inner}) == 1:
+            above += 1
+        folders = [parts[above] if len(parts) > above else None for parts in inner]
         return self._of_tars(folders) if len(set(folders) - {None}) > 1 else None
 
     def _of_tars(self, values: Sequence[str | None]) -> pa.ChunkedArray | None:

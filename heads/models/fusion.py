@@ -44,7 +44,7 @@ class FusionConfig:
     """Hidden width of each layer's feed-forward part."""
     input_dropout: float = 0.4
     """Share of a field's values ignored in a training step, the same for the whole batch."""
-    token_dropout: float = 0.3
+    token_dropout: float = 0.1
     """Share of each sample's tokens left out of a training step."""
     dropout: float = 0.2
     """Share of values dropped while training, after attention and within the feed-forward part."""
@@ -63,10 +63,11 @@ class FusionConfig:
 
 
 class Fusion(Head):
-    """Logits = linear layer on the class token after every token has looked at every other.
+    """Logits = linear layer on the class token after every token has looked at every other, plus
+    one on the mean of each field's tokens: what a head on pooled fields sees is there from the
+    first step.
 
-    The class token starts as the mean of the tokens, so that what a head on pooled fields sees is
-    there from the first step. Each field has a projection of its own and an embedding that says
+    Each field has a projection of its own and an embedding that says
     which field a token is of.
     Backbones' tokens know their positions; boxes and pyramid places are added where there are any.
     """
@@ -78,7 +79,7 @@ class Fusion(Head):
         Need(fields=("fused_tokens", "text_tokens", "text"), optional=True),
     )
     extras = ("image_class", "boxes", "image_places")
-    learning_rate = 3e-4
+    learning_rate = 1e-3
 
     def __init__(
         self,
@@ -98,6 +99,8 @@ class Fusion(Head):
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.classifier = output_layer(config.width, num_labels)
+        self.direct = nn.Linear(sum(source.width for source in found), num_labels, bias=False)
+        nn.init.zeros_(self.direct.weight)
         tokens = 1 + sum(source.tokens for source in found)
         heads = attention_heads(config.width, config.heads)
         layer = tokens * (8 * config.width + 3 * config.feedforward) + heads * tokens * 4
@@ -141,8 +144,18 @@ class Fusion(Head):
             x_BNW = layer(x_BNW, x_BNW, mask_BN)
         # Of the last layer only the class token is used.
         x_BNW = self.layers[-1](x_BNW[:, :1], x_BNW, mask_BN)
-        logits: Tensor = self.classifier(self.norm(x_BNW[:, 0]))
+        logits: Tensor = self.classifier(self.norm(x_BNW[:, 0])) + self.direct(
+            self._means(prepared)
+        )
         return logits
+
+    def _means(self, prepared: Batch) -> Tensor:
+        """The mean of each field's real tokens, side by side."""
+        means = [
+            mean_of(prepared[source.role], prepared[source.mask] if source.mask else None)[:, 0]
+            for source in self.tokens.sources
+        ]
+        return torch.cat(means, dim=-1)
 
     def _thinned(self, x_BNW: Tensor, mask_BN: Tensor | None) -> Tensor:
         """The mask without a random share of the tokens; fields of one token keep it."""

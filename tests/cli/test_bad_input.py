@@ -14,6 +14,8 @@ import pytest
         (("{tmp}/nothing.csv",), "nothing.csv"),
         (("{set}/train.csv", "--text-column", "words"), "caption"),
         (("{set}/train.csv", "--batch-size", "0"), "batch-size"),
+        (("{set}/train.csv", "--batch-size", "1000000"), "8,192"),
+        (("{set}/train.csv", "--text-column", ""), "--text-column is empty"),
         (("{set}/train.csv", "--split-by", "thirds"), "hash:0.8,0.1,0.1"),
         (("{set}/train.csv", "--device", "tpu"), "tpu"),
         (("{set}/train.csv", "--fields", "imago"), "image"),
@@ -57,6 +59,8 @@ def test_unknown_backbone_gives_the_nearest(mmc: Callable, dataset, tmp_path, sp
         (("--head", "router", "--features", "image=clip/image"), "2"),
         (("--head", "linear", "--set", "head.hiden=3"), "hiden"),
         (("--head", "linear", "--set", "nonsense"), "nonsense"),
+        (("--head", "linear", "--lr", "inf"), "lr"),
+        (("--head", "linear", "--features", ""), "--features is empty"),
         (("--head", "linear", "--lr", "-1"), "lr"),
     ],
 )
@@ -142,6 +146,10 @@ def test_label_set_that_does_not_match(mmc: Callable, table, dataset, backbone, 
     result = mmc("evaluate", trained[1], tmp_path / "s", "--split", "train")
     assert result.code == 2
     assert "cat" in result.error
+    result = mmc("predict", trained[1], tmp_path / "s", "--out", tmp_path / "p.csv")
+    assert result.code == 2
+    assert "has other labels ('cat', 'dog' ...)" in result.error
+    assert not (tmp_path / "p.csv").exists()
 
 
 @pytest.mark.parametrize("command", ["extract", "train-head"])
@@ -168,3 +176,16 @@ def test_usage_errors_are_one_line_too(mmc: Callable):
 
 def test_debug_shows_where_it_was_raised(mmc: Callable, tmp_path: Path):
     assert "Traceback" in mmc("--debug", "info", tmp_path / "none").err
+
+
+@pytest.mark.parametrize(
+    ("out", "says"), [("", "a folder"), ("{tmp}", "a folder"), ("{tmp}/p.csv.gz", "p.csv")]
+)
+def test_no_place_for_predictions_is_said_before_any_work(
+    mmc: Callable, trained, dataset, tmp_path, out, says
+):
+    result = mmc("predict", trained[1], dataset / "test.csv", "--out", out.format(tmp=tmp_path))
+    assert result.code == 2
+    assert says in result.error
+    assert "samples" not in result.err  # the source was not read
+    assert list(tmp_path.iterdir()) == []

@@ -55,3 +55,10 @@ def test_a_stage_that_waits_or_is_through_prints_nothing(monkeypatch: pytest.Mon
         "texts: 400/600, 10.0/s, 20 s left",
         "texts: 500/600, 10.0/s, 10 s left",
     ]
+
+
+def test_without_stderr_nothing_is_shown(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module.sys, "stderr", None)
+    with Progress() as progress:
+        for done in (0, 5, 10):
+            progress("encode", done, 10)

@@ -254,6 +254,7 @@ def test_text_template(tmp_path):
     ("template", "message"),
     [
         ("{titel}", r"no column 'titel' \(--text-template\); it has: id, title"),
+        ("{Title}", r"no column 'Title' \(--text-template\); it has: id, title"),
         ("{title", "cannot read"),
         ("plain", "names no column"),
         ("{}", "write columns as"),

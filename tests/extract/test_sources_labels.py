@@ -217,6 +217,13 @@ def test_values_that_are_no_labels(cell, message):
         parse(["a", cell])
 
 
+def test_a_place_for_each_label_is_no_list_of_names():
+    with pytest.raises(InputError, match=r"t\.csv:3: the labels are lists of 3 zeros and ones"):
+        parse([None, "[1, 0, 1]", "[0, 1, 0]"])
+    assert named(parse(["[1, 0]", "[0, 1]", "[1, 0]"])) == [["0", "1"]] * 3
+    assert named(parse(["[0, 1, 2]", "[1, 0, 3]"])) == [["0", "1", "2"], ["0", "1", "3"]]
+
+
 def test_a_label_on_every_sample_is_warned_of():
     assert "label 'x' is on all 2" in parse(["x", "x", None]).warnings[0]
     assert parse(["x|y", "y", "x"]).warnings == []
@@ -298,3 +305,12 @@ def test_options_without_effect_are_said(tmp_path, options, message):
 def test_unknown_levels_are_refused():
     with pytest.raises(InputError, match="unknown label level 'up'; choose from top, leaf, all"):
         SourceOptions(label_level="up")
+
+
+def test_a_separator_that_no_cell_holds(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("id,text,labels\n1,a,red blue\n2,b,red\n")
+    said = read_source(str(path), SourceOptions(label_separator="|")).notes
+    assert any("no label cell contains '|'" in line for line in said)
+    said = read_source(str(path), SourceOptions(label_separator=" ")).notes
+    assert not any("no label cell" in line for line in said)

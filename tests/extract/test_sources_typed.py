@@ -422,6 +422,20 @@ def test_a_saved_data_set_is_read_without_the_library(tmp_path):
     assert single.source["counts"]["splits"] == {"train": 4}
 
 
+def test_splits_that_number_their_classes_otherwise(tmp_path):
+    parts = {name: [table(4, described=False)] for name in ("train", "test")}
+    spec = save(tmp_path / "saved", parts)
+    turned = {**FEATURES, "label": {"names": CLASSES[::-1], "_type": "ClassLabel"}}
+    info = json.dumps({"features": turned})
+    (tmp_path / "saved/test/dataset_info.json").write_text(info, encoding="utf-8")
+    samples = read_source(spec)
+    assert samples.label_set == tuple(CLASSES)
+    assert named(samples) == [
+        *(None, ["cat"], ["dog|wolf"], ["NA"]),
+        *(None, ["NA"], ["dog|wolf"], ["cat"]),
+    ]
+
+
 def test_saved_data_sets_that_are_not_complete(tmp_path):
     spec = save(tmp_path / "saved", {"train": [table(2)], "test": [table(2)]})
     (tmp_path / "saved" / "test" / "state.json").unlink()

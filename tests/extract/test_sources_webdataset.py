@@ -150,6 +150,18 @@ def test_the_folder_is_the_class_where_nothing_else_says_one(tmp_path):
     assert only.task == "unlabelled"
 
 
+def test_a_folder_above_all_class_folders_is_no_class(tmp_path):
+    for name in ("train/b", "train/a/more", "test/a"):
+        numbered(tmp_path / "set" / "data" / name / "0.tar", 1)
+    samples = read_source(str(tmp_path / "set"))
+    assert (samples.task, samples.label_set) == ("binary", ("a", "b"))
+    assert rows(samples, "id", "labels", "split") == [
+        ("data/train/a/more/0/0", [0], "train"),
+        ("data/train/b/0/0", [1], "train"),
+        ("data/test/a/0/0", [0], "test"),
+    ]
+
+
 def test_numbered_keys_with_gaps(tmp_path):
     path = write_tar(
         tmp_path / "t.tar",

@@ -12,7 +12,7 @@ import torch
 from mmc.heads.artifact import Run
 from mmc.heads.evaluate import evaluate
 from mmc.heads.predict import logits
-from mmc.heads.runfiles import check_output
+from mmc.heads.runfiles import check_output, read_history
 from mmc.heads.thresholds import Thresholds
 from mmc.store import EmbeddingStore
 from mmc.store.errors import FingerprintMismatchError, FormatVersionError, InputError, MmcError
@@ -94,6 +94,16 @@ def test_the_head_is_in_evaluation_mode(saved: Path) -> None:
     assert not head.training
     out = head({"image": torch.zeros(3, 8)})
     assert out.shape == (3, 5)
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2 - 1], lambda raw: b"\xff,\n"])
+def test_a_damaged_history_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "history.csv"
+    path.write_bytes(damage(b"epoch,loss,lr\n1,0.5,0.1\n2,0.25,0.1\n"))
+    with pytest.raises(InputError, match=r"history\.csv is damaged; delete it"):
+        read_history(path)
+    path.unlink()
+    assert read_history(path) == []
 
 
 def test_what_is_not_a_run(tmp_path: Path) -> None:

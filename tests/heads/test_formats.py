@@ -1,6 +1,8 @@
 """Every CSV form reads back as what was predicted, with csv and with our own reader."""
 
 import csv
+import errno
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,8 @@ from hypothesis import strategies as st
 from mmc.heads import formats, readback
 from mmc.heads.formats import Layout, choose, write
 from mmc.heads.predict import Predictions
-from mmc.store.errors import InputError
+from mmc.heads.runfiles import write_atomic
+from mmc.store.errors import InputError, MmcError
 
 MakeStore = Callable[..., Any]
 AWKWARD = ("a", "b c", 'quo"ted', "com,ma", "line\nend", "ä | ö")
@@ -256,3 +259,41 @@ def test_a_long_file_that_spans_reader_batches(
     assert len(found) > 5
     assert [i for b in found for i in b.ids.to_pylist()] == block.ids.to_pylist()
     np.testing.assert_array_equal(np.concatenate([b.decisions for b in found]), p > 0.5)
+
+
+def test_a_link_stays_and_a_pipe_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "real.csv").write_text("before", encoding="utf-8")
+    (tmp_path / "link.csv").symlink_to("real.csv")
+    write([THREE], tmp_path / "link.csv", LAYOUT)
+    assert (tmp_path / "link.csv").is_symlink()
+    assert rows_of(tmp_path / "real.csv")[1][0] == "x1"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe: it is no ordinary file"):
+        write([THREE], tmp_path / "pipe", LAYOUT)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("name", ["~", "out.csv.gz"])
+def test_the_file_that_was_written_is_the_one_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write([THREE], Path(name), LAYOUT)
+    (block,) = readback.read_blocks(name, LAYOUT)
+    assert block.ids.to_pylist() == THREE.ids.to_pylist()
+
+
+def test_a_full_disk_is_named_with_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for attempt in (
+        lambda: write([THREE], tmp_path / "out.csv", LAYOUT),
+        lambda: write_atomic(tmp_path / "out.csv", b"data"),
+    ):
+        with pytest.raises(MmcError, match=r"cannot write .*out\.csv: No space left on device"):
+            attempt()
+        assert list(tmp_path.iterdir()) == []

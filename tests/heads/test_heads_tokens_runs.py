@@ -8,7 +8,8 @@ from mmc.heads.artifact import Run
 from mmc.heads.newlabels import templates, text_recipe
 from mmc.heads.options import TrainConfig
 from mmc.heads.predict import logits, predict
-from mmc.heads.trainer import default_batch, train
+from mmc.heads.trainer import train
+from mmc.heads.training import default_batch
 from mmc.store import EmbeddingStore, FieldSpec
 from mmc.store.errors import InputError
 

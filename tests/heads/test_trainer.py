@@ -16,9 +16,11 @@ import pytest
 import torch
 
 from mmc.heads.artifact import Run
+from mmc.heads.checkpoints import claimed
 from mmc.heads.options import TrainConfig
 from mmc.heads.predict import logits
-from mmc.heads.trainer import default_batch, default_lr, train
+from mmc.heads.trainer import train
+from mmc.heads.training import default_batch, default_lr
 from mmc.store import EmbeddingStore, FieldSpec
 from mmc.store.errors import InputError, MmcError
 
@@ -392,3 +394,36 @@ def test_defaults_follow_the_size_of_the_set():
     assert default_lr(1e-3, 256, 10**6) == pytest.approx(1e-3)
     assert default_lr(1e-3, 4096, 10**6) == pytest.approx(2e-3)
     assert default_lr(1e-3, 32, 16) == pytest.approx(5e-4)
+
+
+def test_one_training_at_a_time_in_a_folder(make_store: Callable, tmp_path):
+    store = make_store()
+    with (
+        claimed(tmp_path / "run"),
+        pytest.raises(MmcError, match="being trained by another process"),
+    ):
+        train(store, tmp_path / "run", TrainConfig(epochs=1))
+    assert not (tmp_path / "run").exists(), "a claim leaves no trace"
+    train(store, tmp_path / "run", TrainConfig(epochs=1))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_run_is_not_put_into_a_store(make_store: Callable, tmp_path):
+    store = make_store()
+    with pytest.raises(InputError, match="inside the store"):
+        train(store, Path(store.path) / "run", TrainConfig(epochs=1))
+
+
+def test_an_interrupted_training_says_what_is_kept(make_store: Callable, tmp_path):
+    store, said = make_store(), []
+    every = TrainConfig(epochs=300, settings=("optim.checkpoint_seconds=0",))
+    for config, says in ((TrainConfig(epochs=300), "nothing is kept"), (every, "goes on from")):
+        rounds = iter((False, True))
+
+        def second(stage: str, done: int, total: int, rounds=rounds) -> None:
+            if next(rounds):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            train(store, tmp_path / "run", config, report=said.append, progress=second)
+        assert says in said[-1]

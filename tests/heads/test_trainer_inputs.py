@@ -192,8 +192,8 @@ def test_rows_are_labelled_and_done(tmp_path):
     assert chosen.val.tolist() == [3, 4]
     assert chosen.test.tolist() == []
     assert chosen.notes == [
-        "warning: 1 of 3 train rows are not embedded yet; finish `mmc extract`",
-        "train: 1 without features and 1 without labels of 3 rows are left out",
+        "warning: 1 of 3 train rows are not embedded yet and are left out; finish `mmc extract`",
+        "train: 1 without labels of 3 rows are left out",
     ]
     assert splits.targets(store, chosen.val).tolist() == [[1, 0], [1, 1]]
 
@@ -248,6 +248,13 @@ def test_empty_splits(tmp_path, split, labels, done, says):
     with pytest.raises(InputError, match=says):
         splits.choose(store, CLIP, trains=True)
     splits.choose(store, CLIP, trains=False)
+
+
+def test_an_extraction_that_never_came_to_val(tmp_path):
+    """A tenth of train would stand in for it, and the figures would mean something else."""
+    store = make_store(tmp_path / "s", ["train"] * 20 + ["val"] * 5, done=list(range(20)))
+    with pytest.raises(InputError, match=r"none of the 5 val samples .* is embedded yet"):
+        splits.choose(store, CLIP, trains=True)
 
 
 def test_single_label_targets_are_class_indices(make_store: Callable):

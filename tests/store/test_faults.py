@@ -133,11 +133,14 @@ def spoil(name: str, content: bytes | None) -> Callable[[Path], None]:
         (spoil("image/zarr.json", b"{"), "array"),
         (spoil("text_mask/zarr.json", b"{}"), "array"),
         (spoil("status_text/zarr.json", None), "array"),
+        (spoil("status_text/zarr.json", b"{"), "array"),
+        (spoil("status_text/zarr.json", b'{"shape": [20]}'), "array"),
         (spoil("errors.parquet", b"PAR1"), "failures"),
         (spoil("label_text/c.0.0", None), "label_text"),
         (spoil("label_text/c.0.0", b"12345678"), "label_text"),
         (spoil("label_text/zarr.json", b'{"attributes": {"mmc": {}}}'), "label_text"),
         (spoil("../../zarr.json", b'{"attributes": {"mmc": {"format": 1}}}'), "root"),
+        (spoil("../../zarr.json", b'{"attributes": {"mmc'), "root"),
     ],
 )
 def test_repair_mends_what_can_be(folder: Path, damage: Callable[[Path], None], kind: str) -> None:
@@ -151,6 +154,19 @@ def test_repair_mends_what_can_be(folder: Path, damage: Callable[[Path], None], 
     with store.writer(ALIAS, FIELDS, IDENTITY, {}) as writer:
         fill(store, writer, bad={3: "bad"})
     expect_whole(store, failed=[3])
+
+
+@pytest.mark.parametrize("left", [b'{"attributes": {"mmc', None])
+def test_a_store_opens_without_the_copy_in_its_root(folder: Path, left: bytes | None) -> None:
+    spoil("../../zarr.json", left)(folder)
+    store = opened(folder)
+    expect_whole(store, failed=[3])
+    assert [problem.kind for problem in repair(store)] == ["root"]
+    assert verify(opened(folder)) == []
+    spoil("../../zarr.json", b"{")(folder)
+    spoil("../../samples.parquet", None)(folder)
+    with pytest.raises(DamagedStoreError, match=r"zarr\.json is damaged"):
+        opened(folder)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Where a store may be: paths and URLs."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,19 @@ def test_an_empty_path(typed: str) -> None:
 def test_a_protocol_that_nobody_knows() -> None:
     with pytest.raises(InputError, match="cannot open foo://x/y: Protocol not known: foo"):
         EmbeddingStore.open("foo://x/y")
+
+
+def test_a_name_that_is_not_utf_8(tmp_path: Path):
+    """Old archives hold such names; Arrow and JSON cannot."""
+    broken = os.fsdecode(b"caf\xe9")
+    with pytest.raises(InputError, match="is not UTF-8"):
+        create(str(tmp_path / broken))
+    with pytest.raises(InputError, match=r"holds a name that is not UTF-8: '/data/caf"):
+        EmbeddingStore.create(
+            tmp_path / "store",
+            samples_table(range(2)),
+            label_set=LABELS,
+            task="multilabel",
+            source={**SOURCE, "image_root": f"/data/{broken}"},
+        )
+    assert list(tmp_path.iterdir()) == []
