@@ -62,9 +62,12 @@ def open_input(
     options = source_options(known, trained_on, input_, given)
     place = _kept(store) if store else _scratch(out, report)
     with place as path:
-        yield embed_like(
-            known, input_, path, options, device=device, report=report, progress=progress
-        )
+
+        def say(line: str) -> None:
+            if store or not line.startswith(f"new store {path}"):  # nobody will see that one
+                report(line)
+
+        yield embed_like(known, input_, path, options, device=device, report=say, progress=progress)
 
 
 def is_store(path: str) -> bool:
