@@ -174,8 +174,8 @@ def _warn_of_lost_contents(store: EmbeddingStore, table: pa.Table, report: Say) 
         if lost:
             report(
                 f"warning: {content}s of the store that the source does not have any more: "
-                f"{lost:,}; what was made from them is thrown away. If that is not meant, stop and "
-                f"read the source as before ({options})"
+                f"{lost:,}; what was made from them is missing now. If that is not meant, extract "
+                f"again with the source read as before ({options})"
             )
 
 

@@ -183,10 +183,6 @@ class Run:
         """
         return {role: ref.find(store) for role, ref in self.features.items()}
 
-    def check_features(self, store: "EmbeddingStore") -> None:
-        """Raise as `resolve_features` does unless ``store`` has what this run reads."""
-        self.resolve_features(store)
-
     def with_labels(self, labels: Sequence[str], label_text: npt.ArrayLike) -> "Run":
         """This run for other labels, by their texts (C', D): see `newlabels.with_labels`."""
         from mmc.heads.newlabels import with_labels

@@ -167,7 +167,7 @@ def test_features_made_differently_are_refused_with_the_difference(
     run = make_run(make_store())
     other = make_store(name="other", identity={"backbone": "tiny", "weights": "xyz", "size": 32})
     with pytest.raises(FingerprintMismatchError) as caught:
-        run.check_features(other)
+        run.resolve_features(other)
     message = str(caught.value)
     assert "clip/image" in message
     assert any(

@@ -53,7 +53,7 @@ def test_paths_lie_where_they_say(
 @pytest.mark.parametrize(
     ("typed", "right"),
     [
-        ("file:/tmp/x", "file:///tmp/x"),
+        ("file:/stores/x", "file:///stores/x"),
         ("memory:/x", "memory://x"),
         ("s3:bucket/x", "s3://bucket/x"),
         ("gs:/bucket/x", "gs://bucket/x"),
