@@ -465,6 +465,53 @@ def evaluate_command(
         print(format_table(result))
 
 
+@app.command("neighbors")
+def neighbors_command(
+    store: StorePath,
+    query: Annotated[
+        str,
+        typer.Option(help="An id of the store, a picture file, or a text; the first that fits."),
+    ],
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many neighbours.")] = 10,
+    by: Annotated[
+        Literal["auto", "id", "image", "text"], typer.Option(help="What the query is.")
+    ] = "auto",
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="Feature to search, alias/field; default: pictures, or texts where there are none."
+        ),
+    ] = None,
+    index: Annotated[
+        Literal["auto", "flat", "ivf", "hnsw"],
+        typer.Option(help="flat: all are compared; ivf, hnsw: an index, kept in the store."),
+    ] = "auto",
+    device: Device = "auto",
+    json_output: Json = False,
+) -> None:
+    """Find the samples nearest to a sample, a picture or a text.
+
+    \b
+    Example:
+      mmc neighbors my.store --query photo.jpg -k 5
+      mmc neighbors my.store --query "two dogs on a beach"
+    """
+    from mmc.extract.queries import embed_query
+    from mmc.store import EmbeddingStore
+    from mmc.store.nearest import format_neighbors, nearest_samples
+    from mmc.store.neighbors import open_index
+
+    opened = EmbeddingStore.open(store)
+    asked = embed_query(opened, query, kind=by, feature=features, device=device)
+    searched = open_index(opened, asked.feature, kind=index, report=_say)
+    found = nearest_samples(opened, searched, asked.vector, k, row=asked.row)
+    if json_output:
+        _print_json({"by": asked.kind, "feature": asked.feature, "neighbors": found})
+    else:
+        _say(f"nearest by {asked.kind}: {searched}")
+        print(format_neighbors(found))
+
+
 @app.command("info")
 def info_command(store: StorePath, json_output: Json = False) -> None:
     """Show what a store holds: features, rows, splits, labels, where it came from.

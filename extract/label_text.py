@@ -94,6 +94,23 @@ def embed_labels_like(
         InputError: the run does not name its backbone; it cannot be loaded, is not the one that
             made the features, or gives no ``text``.
     """
+    backbone = load_like(recipe, device=device)
+    if "text" not in backbone.fields:
+        raise InputError(f"{spec_of(recipe)} has no text tower, so it cannot embed labels")
+    return embed_labels(backbone, words, templates)
+
+
+def load_like(recipe: Mapping[str, Any], *, device: str) -> Backbone:
+    """The backbone that made some features, and no other.
+
+    Args:
+        recipe: alias, identity and context of the features.
+        device: where it runs, as ``--device`` takes it.
+
+    Raises:
+        InputError: the recipe does not name its backbone; it cannot be loaded, or is not the one
+            that made the features.
+    """
     spec, identity = spec_of(recipe), recipe["identity"]
     backbone = load_backbone(
         spec,
@@ -105,9 +122,7 @@ def embed_labels_like(
     lines = difference(before, json.loads(json.dumps(backbone.identity)))
     if lines:
         raise InputError(f"{spec} is not what made {recipe['alias']!r}: " + "; ".join(lines))
-    if "text" not in backbone.fields:
-        raise InputError(f"{spec} has no text tower, so it cannot embed labels")
-    return embed_labels(backbone, words, templates)
+    return backbone
 
 
 def spec_of(recipe: Mapping[str, Any]) -> str:
