@@ -36,6 +36,7 @@ def test_the_commands():
         "extract",
         "info",
         "list",
+        "neighbors",
         "predict",
         "prepare",
         "train-head",
