@@ -1,0 +1,1 @@
+"""What the embeddings say of labels: nearest labels, likely label errors, duplicates, outliers."""
