@@ -28,6 +28,7 @@ from mmc.heads.runfiles import (
     CARD,
     FORMAT,
     HISTORY,
+    OPTIONAL_KEYS,
     PLAIN_KEYS,
     RECORD,
     WEIGHTS,
@@ -63,12 +64,18 @@ class Run:
     state: dict[str, Tensor]
     """The head's ``state_dict``."""
     thresholds: Thresholds
+    """On the probabilities at ``temperature``."""
+    temperature: float = 1.0
+    """Logits are divided by it before they become probabilities; fitted on validation rows."""
     source: dict[str, Any] = field(default_factory=dict)
     """Recipe of the source of the training store (header names, label separator ...)."""
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Split -> what `mmc.heads.metrics.evaluate` gave."""
     seed: int = 0
     train_config: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    """What it took: seconds (all), train_seconds (the steps), rows and epochs that the steps went
+    over, rate (rows per second of the steps), batch_size, lr, device. Empty for older runs."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One dictionary per epoch; the same keys in each, None where there is no value."""
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
@@ -136,6 +143,7 @@ class Run:
         except SafetensorError as error:
             raise MmcError(f"{folder / WEIGHTS} is damaged ({error})") from None
         taken = {key: record[key] for key in PLAIN_KEYS}
+        taken |= {key: record.get(key, default) for key, default in OPTIONAL_KEYS.items()}
         try:
             return cls(
                 **taken,
@@ -243,7 +251,7 @@ class Run:
     def _record(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
-            **{key: getattr(self, key) for key in PLAIN_KEYS},
+            **{key: getattr(self, key) for key in (*PLAIN_KEYS, *OPTIONAL_KEYS)},
             "features": {role: asdict(ref) for role, ref in self.features.items()},
             "label_set": list(self.label_set),
             "label_set_hash": self.label_set_hash,

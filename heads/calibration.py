@@ -1,14 +1,63 @@
-"""How far probabilities can be taken at their word: expected calibration error and Brier score.
+"""How far probabilities can be taken at their word: calibration error, Brier score, log loss.
 
 Guo et al. 2017 for the binned error. Legend: n rows, L columns (labels).
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from mmc.heads.ranking import CHUNK_ENTRIES
+from mmc.heads.temperature import log_loss, probabilities
 
 BINS = 15
 # Most entries of a multilabel matrix are sure negatives in the first bin, which hides the rest.
 FLOOR = 0.1
+COMPARED = ("ece", "ece_above_0.1", "log_loss", "brier")
+"""What is given for the probabilities without the temperature too, as ``<name>_uncalibrated``."""
+
+
+def calibration(logits: Tensor, targets: Tensor, task: str, temperature: float) -> dict[str, float]:
+    """ece, brier, log_loss and more of the probabilities at ``temperature`` and at 1.
+
+    Args:
+        logits: float (n, L).
+        targets: multilabel int (n, L) in {-1, 0, 1}; otherwise int64 (n,); -1 is left out.
+
+    Of a binary task the error is that of the second class, of a multiclass task that of the
+    predicted class, and the Brier score is the sum over classes.
+    """
+    after = _calibration(logits, targets, task, temperature)
+    before = after if temperature == 1 else _calibration(logits, targets, task, 1.0)
+    plain = {f"{name}_uncalibrated": before[name] for name in COMPARED if name in before}
+    return {"temperature": temperature, **after, **plain}
+
+
+def _calibration(
+    logits: Tensor, targets: Tensor, task: str, temperature: float
+) -> dict[str, float]:
+    columns = logits.shape[1] if task == "multilabel" else 1
+    binned, squares, rows = BinnedCalibration(columns, logits.device), 0.0, 0
+    step = max(1, CHUNK_ENTRIES // max(logits.shape[1], 1))
+    for i in range(0, len(logits), step):
+        block = targets[i : i + step]
+        p = probabilities(logits[i : i + step], task, temperature)
+        known = block >= 0
+        if task == "multilabel":
+            binned.add(p, block == 1, known)
+        elif task == "binary":
+            binned.add(p[:, 1:], (block == 1)[:, None], known[:, None])
+        else:
+            confidence, predicted = p.max(1)
+            binned.add(confidence[:, None], (predicted == block)[:, None], known[:, None])
+            truth = F.one_hot(block[known].long(), p.shape[1])
+            squares += float((p[known].double() - truth).square().sum())
+            rows += int(known.sum())
+    found = {**binned.result(), "log_loss": log_loss(logits, targets, task, temperature)}
+    if task != "multiclass":
+        return found
+    brier = squares / rows if rows else float("nan")
+    return {"ece": found["ece"], "log_loss": found["log_loss"], "brier": brier}
 
 
 class BinnedCalibration:

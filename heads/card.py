@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 # Rows of the per-label tables: the best and the worst.
 SHOWN = 10
+CONFUSION_LABELS = 20
+"""Up to so many labels the whole confusion matrix is shown, beyond only the largest confusions."""
+PLAIN = "_uncalibrated"
+"""Ending of metrics of the probabilities before the temperature."""
 _METRICS = {
     "multilabel": (
         ("mAP", "mAP"),
@@ -29,7 +33,13 @@ _METRICS = {
         ("cardinality_true", "labels per sample, true"),
         ("cardinality_predicted", "labels per sample, predicted"),
         ("ece", "calibration error (ECE)"),
+        ("ece_uncalibrated", "ECE without the temperature"),
         ("ece_above_0.1", "ECE of probabilities above 0.1"),
+        ("ece_above_0.1_uncalibrated", "the same without the temperature"),
+        ("log_loss", "log loss"),
+        ("log_loss_uncalibrated", "log loss without the temperature"),
+        ("brier", "Brier score"),
+        ("brier_uncalibrated", "Brier score without the temperature"),
     ),
     "binary": (
         ("positive_label", "positive class"),
@@ -43,8 +53,11 @@ _METRICS = {
         ("macro_f1", "macro-F1"),
         ("f1", "F1 of the positive class"),
         ("log_loss", "log loss"),
+        ("log_loss_uncalibrated", "log loss without the temperature"),
         ("ece", "calibration error (ECE)"),
+        ("ece_uncalibrated", "ECE without the temperature"),
         ("brier", "Brier score"),
+        ("brier_uncalibrated", "Brier score without the temperature"),
     ),
     "multiclass": (
         ("accuracy", "accuracy"),
@@ -53,7 +66,11 @@ _METRICS = {
         ("macro_f1", "macro-F1"),
         ("balanced_accuracy", "balanced accuracy"),
         ("log_loss", "log loss"),
+        ("log_loss_uncalibrated", "log loss without the temperature"),
         ("ece", "calibration error (ECE)"),
+        ("ece_uncalibrated", "ECE without the temperature"),
+        ("brier", "Brier score"),
+        ("brier_uncalibrated", "Brier score without the temperature"),
     ),
 }
 
@@ -69,6 +86,10 @@ def summary_rows(task: str, by_split: Mapping[str, Mapping[str, Any]]) -> list[t
     ]
     for key, name in _METRICS[task]:
         values = [metrics.get(key) for metrics in by_split.values()]
+        if key.endswith(PLAIN) and values == [
+            metrics.get(key.removesuffix(PLAIN)) for metrics in by_split.values()
+        ]:
+            continue  # the temperature is 1
         if any(value is not None for value in values):
             rows.append((name, *map(shown, values)))
     return rows
@@ -98,6 +119,7 @@ def render(run: "Run") -> str:
         _head(run),
         _quality(run),
         _per_label(run),
+        _confusion(run),
         _data(run),
         _use(run),
         _decisions(run),
@@ -157,6 +179,35 @@ def _per_label(run: "Run") -> str:
     return text + (f"\n\nWithout any sample in `{split}`: {without}." if without else "")
 
 
+def _confusion(run: "Run") -> str:
+    """What is taken for what, of a task with one label per sample."""
+    split = "test" if "test" in run.metrics else "val"
+    table = run.metrics.get(split, {}).get("confusion")
+    if not table:
+        return ""
+    labels = run.label_set
+    title = f"### What is taken for what on `{split}`"
+    if len(labels) <= CONFUSION_LABELS:
+        rows = [(name, *map(str, counts)) for name, counts in zip(labels, table, strict=True)]
+        header = ("true, predicted as →", *labels)
+        return f"{title}\n\nSamples by true and predicted class.\n\n{_table(header, rows)}"
+    pairs = [
+        (count, sum(counts), true, predicted)
+        for true, counts in enumerate(table)
+        for predicted, count in enumerate(counts)
+        if count and true != predicted
+    ]
+    if not pairs:
+        return ""
+    pairs.sort(key=lambda pair: (-pair[0], *pair[1:]))
+    rows = [
+        (labels[true], labels[predicted], str(count), f"{count / total:.0%}")
+        for count, total, true, predicted in pairs[:SHOWN]
+    ]
+    header = ("true", "predicted", "samples", "of the true class")
+    return f"{title}\n\nThe most frequent confusions.\n\n{_table(header, rows)}"
+
+
 def _label_table(rows: list[dict[str, Any]], columns: list[str]) -> str:
     return _table(tuple(columns), [tuple(shown(row[c]) for c in columns) for row in rows])
 
@@ -212,7 +263,8 @@ predictions = predict(run, store)   # .ids, .probabilities (n, labels), .decisio
 def _decisions(run: "Run") -> str:
     thresholds = run.thresholds
     if thresholds.mode == "argmax":
-        return "## Decisions\n\nThe class with the highest probability."
+        text = "## Decisions\n\nThe class with the highest probability."
+        return f"{text}{_temperature(run)}"
     low, high = min(thresholds.values), max(thresholds.values)
     span = f"{low:.3f}" if low == high else f"{low:.3f} to {high:.3f}"
     what = {
@@ -235,7 +287,18 @@ def _decisions(run: "Run") -> str:
         )
         if len(set(thresholds.held_out.values())) == 1:
             text += " They do not differ: `val` has no reason to move from 0.5, or is too small."
-    return text
+    return f"{text}{_temperature(run)}"
+
+
+def _temperature(run: "Run") -> str:
+    """How logits become probabilities, where that is not plain."""
+    if run.temperature == 1:
+        return ""
+    how = "sigmoid" if run.task == "multilabel" else "softmax"
+    return (
+        f"\n\nProbabilities are the {how} of the logits divided by {run.temperature:.4g}, the "
+        "temperature that fits `val` best (Guo et al. 2017)."
+    )
 
 
 def _limits(run: "Run") -> str:

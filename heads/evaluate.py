@@ -12,6 +12,7 @@ from mmc.heads import metrics
 from mmc.heads.artifact import Run
 from mmc.heads.card import ranked_labels, shown, summary_rows
 from mmc.heads.predict import Predictor, aligned_targets, select_rows
+from mmc.heads.splits import rows_digest
 from mmc.store.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def evaluate(
     """Metrics on the labelled samples of ``split`` (of the whole store when None); JSON-able.
 
     Besides what `mmc.heads.metrics.evaluate` gives: split, failed (labelled samples without
-    features, left out) and unlabelled (samples without labels, left out).
+    features, left out), unlabelled (samples without labels, left out) and rows_digest (equal where
+    the same samples with the same labels were measured).
 
     Raises:
         InputError: no labelled samples there, or labels that the run does not know.
@@ -60,9 +62,11 @@ def evaluate(
         run.task,
         label_set=run.label_set,
         thresholds=run.thresholds,
+        temperature=run.temperature,
     )
     return {
         "split": split,
+        "rows_digest": rows_digest(store, done, targets),
         "failed": len(labelled) - len(done),
         "unlabelled": len(rows) - len(labelled),
         **found,

@@ -26,6 +26,8 @@ class FeatureRef:
     """How it was made, not hashed: the spec as typed, library versions, device."""
     shape: tuple[int, ...]
     """Per sample."""
+    dtype: str = ""
+    """As it is stored; not known of older runs."""
 
     @classmethod
     def of(cls, store: "EmbeddingStore", feature: str) -> "FeatureRef":
@@ -40,6 +42,7 @@ class FeatureRef:
             identity=dict(provenance.identity),
             context=dict(provenance.context),
             shape=tuple(int(n) for n in stored.shape[1:]),
+            dtype=str(stored.dtype),
         )
 
     @classmethod

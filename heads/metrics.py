@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mmc.heads.averages import averaged, mean, ratio, top_k_averaged
-from mmc.heads.calibration import BinnedCalibration
+from mmc.heads.calibration import calibration
 from mmc.heads.ranking import (
     CHUNK_ENTRIES,
     Ranking,
@@ -25,6 +25,7 @@ from mmc.heads.ranking import (
     rank_labels,
     top_k_f1,
 )
+from mmc.heads.temperature import probabilities
 from mmc.heads.thresholds import Thresholds, decide
 from mmc.store.errors import InputError, MmcError
 
@@ -35,12 +36,6 @@ METRICS = {
     "binary": ("auroc", "ap", "accuracy", "macro_f1", "f1"),
     "multiclass": ("macro_f1", "accuracy", "balanced_accuracy"),
 }
-
-
-def probabilities(logits: Tensor, task: str) -> Tensor:
-    """float32 (n, C): sigmoid per label for multilabel, softmax over labels otherwise."""
-    exact = logits.double()
-    return (exact.sigmoid() if task == "multilabel" else exact.softmax(1)).float()
 
 
 def score(logits: Tensor, targets: Tensor, task: str, metric: str | None = None) -> float:
@@ -80,6 +75,7 @@ def evaluate(
     *,
     label_set: Sequence[str],
     thresholds: Thresholds | None = None,
+    temperature: float = 1.0,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Every metric of the task as a JSON-able dictionary.
@@ -88,7 +84,9 @@ def evaluate(
         logits: float32 or float64 (N, C), on any device; half precision is refused because
             rounded scores tie.
         targets: see the module's docstring.
-        thresholds: 0.5 (arg-max for multiclass) by default.
+        thresholds: on probabilities at ``temperature``; 0.5 (arg-max for multiclass) by default.
+        temperature: what the logits are divided by for probabilities. What calibration would be
+            without it is given as ``ece_uncalibrated`` and so on.
         seed: of the bootstrap interval of a binary AUROC.
 
     Raises:
@@ -101,15 +99,15 @@ def evaluate(
     _require_finite(logits)
     thresholds = thresholds or Thresholds.default(task, len(label_set))
     if task == "multilabel":
-        result = _multilabel(logits, targets, thresholds, label_set)
+        result = _multilabel(logits, targets, thresholds, label_set, temperature)
     else:
         known = targets >= 0
         result = {"samples": int(known.sum()), "unknown": int((~known).sum())}
         logits, targets = logits[known], targets[known]
         if task == "binary":
-            result |= _binary(logits, targets, thresholds, label_set, seed)
+            result |= _binary(logits, targets, thresholds, label_set, temperature, seed)
         else:
-            result |= _multiclass(logits, targets, label_set)
+            result |= _multiclass(logits, targets, label_set, temperature)
     plain: dict[str, Any] = _plain({"task": task, **result})
     return plain
 
@@ -129,23 +127,25 @@ class _Decisions:
     Rows without a known entry are left out; unknown entries count as neither predicted nor true.
     """
 
-    def __init__(self, logits: Tensor, targets: Tensor, thresholds: Thresholds) -> None:
+    def __init__(
+        self, logits: Tensor, targets: Tensor, thresholds: Thresholds, temperature: float = 1.0
+    ) -> None:
+        self.thresholds, self.temperature = thresholds, temperature
         n, num_labels = logits.shape
         zeros = torch.zeros(num_labels, dtype=torch.float64, device=logits.device)
         self.tp, self.predicted, self.true = zeros.clone(), zeros.clone(), zeros.clone()
         self.samples = self.known = self.unknown = 0
         self.exact = self.empty = self.samples_sum = self.wrong = 0.0
-        self.calibration = BinnedCalibration(num_labels, logits.device)
         step = max(1, CHUNK_ENTRIES // num_labels)
         for i in range(0, n, step):
-            self._add(logits[i : i + step], targets[i : i + step], thresholds)
+            self._add(logits[i : i + step], targets[i : i + step])
 
-    def _add(self, logits: Tensor, targets: Tensor, thresholds: Thresholds) -> None:
+    def _add(self, logits: Tensor, targets: Tensor) -> None:
         rows = (targets >= 0).any(1)
         logits, targets = logits[rows], targets[rows]
         known, yes = targets >= 0, targets == 1
-        p = probabilities(logits, "multilabel")
-        chosen = decide(p, "multilabel", thresholds) & known
+        p = probabilities(logits, "multilabel", self.temperature)
+        chosen = decide(p, "multilabel", self.thresholds) & known
         both = (chosen & yes).sum(1).double()
         size = (chosen.sum(1) + yes.sum(1)).double()
         self.tp += (chosen & yes).sum(0)
@@ -158,7 +158,6 @@ class _Decisions:
         self.empty += float((size == 0).sum())
         self.exact += float((2 * both == size).sum())
         self.wrong += float((chosen ^ yes).sum())
-        self.calibration.add(p, yes, known)
 
     def f1(self) -> dict[str, float]:
         """micro, macro, weighted and samples F1 (an empty class or row counts 0)."""
@@ -177,10 +176,14 @@ class _Decisions:
 
 
 def _multilabel(
-    logits: Tensor, targets: Tensor, thresholds: Thresholds, label_set: Sequence[str]
+    logits: Tensor,
+    targets: Tensor,
+    thresholds: Thresholds,
+    label_set: Sequence[str],
+    temperature: float,
 ) -> dict[str, Any]:
     ranking = rank_labels(logits, targets)
-    counts = _Decisions(logits, targets, thresholds)
+    counts = _Decisions(logits, targets, thresholds, temperature)
     rows = max(counts.samples, 1)
     return {
         "samples": counts.samples,
@@ -201,7 +204,7 @@ def _multilabel(
         "empty_both": int(counts.empty),
         "top_k": {str(k): top_k_f1(logits, targets, k) for k in (3, 5) if k < len(label_set)},
         "top_3_above_half": top_k_averaged(logits, targets, 3) if len(label_set) > 3 else None,
-        **counts.calibration.result(),
+        **calibration(logits, targets, "multilabel", temperature),
         "per_label": _label_table(ranking, counts, thresholds, label_set),
     }
 
@@ -237,40 +240,35 @@ def _binary(
     targets: Tensor,
     thresholds: Thresholds,
     label_set: Sequence[str],
+    temperature: float,
     seed: int,
 ) -> dict[str, Any]:
     ranking = _binary_ranking(logits, targets)
-    p = probabilities(logits, "binary")
+    p = probabilities(logits, "binary", temperature)
     chosen = decide(p, "binary", thresholds)[:, 1]
     table = confusion_matrix(chosen, targets, 2)
-    calibration = BinnedCalibration(1, logits.device)
-    yes = (targets == 1)[:, None]
-    calibration.add(p[:, 1:], yes, torch.ones_like(yes))
     margin = logits[:, 1].double() - logits[:, 0].double()
     return {
         "labels": 2,
         "positive_label": label_set[1],
-        "positives": int(yes.sum()),
+        "positives": int((targets == 1).sum()),
         "auroc": float(ranking.auroc),
         "auroc_interval": list(auroc_interval(margin, targets, seed=seed)),
         "ap": float(ranking.ap),
         **_from_confusion(table, binary=True),
-        "log_loss": _log_loss(logits, targets),
-        **calibration.result(),
+        **calibration(logits, targets, "binary", temperature),
         "threshold": thresholds.values[0],
         "confusion": table.tolist(),
         "per_label": _class_table(table, label_set),
     }
 
 
-def _multiclass(logits: Tensor, targets: Tensor, label_set: Sequence[str]) -> dict[str, Any]:
+def _multiclass(
+    logits: Tensor, targets: Tensor, label_set: Sequence[str], temperature: float
+) -> dict[str, Any]:
     num_classes = len(label_set)
-    p = probabilities(logits, "multiclass")
-    confidence, predicted = p.max(1)
+    predicted = probabilities(logits, "multiclass", temperature).argmax(1)
     table = confusion_matrix(predicted, targets, num_classes)
-    calibration = BinnedCalibration(1, logits.device)
-    right = (predicted == targets)[:, None]
-    calibration.add(confidence[:, None], right, torch.ones_like(right))
     k = min(5, num_classes)
     truth = torch.nn.functional.one_hot(targets.long(), num_classes)
     # Log-probabilities: those of a confident model do not tie.
@@ -282,9 +280,7 @@ def _multiclass(logits: Tensor, targets: Tensor, label_set: Sequence[str]) -> di
         "top5_accuracy": mean(in_top.double()) if num_classes > 5 else None,
         "mAP": mean(ranking.ap),
         "auroc_macro": mean(ranking.auroc),
-        "log_loss": _log_loss(logits, targets),
-        "ece": calibration.result()["ece"],
-        "brier": mean((p.double() - truth).square().sum(1)),
+        **calibration(logits, targets, "multiclass", temperature),
         "confusion": table.tolist(),
         "per_label": _class_table(table, label_set)
         | {"ap": ranking.ap.tolist(), "auroc": ranking.auroc.tolist()},
@@ -324,12 +320,6 @@ def _class_table(table: Tensor, label_set: Sequence[str]) -> dict[str, list[Any]
         "precision": (tp / predicted).tolist(),
         "recall": (tp / true).tolist(),
     }
-
-
-def _log_loss(logits: Tensor, targets: Tensor) -> float:
-    if not len(targets):
-        return math.nan
-    return float(torch.nn.functional.cross_entropy(logits.double(), targets.long()))
 
 
 # -- small things ----------------------------------------------------------------------------------

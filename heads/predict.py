@@ -17,9 +17,9 @@ from torch import Tensor
 from mmc.heads import checks, formats
 from mmc.heads.artifact import Run
 from mmc.heads.devices import pick_device
-from mmc.heads.metrics import probabilities
 from mmc.heads.options import PredictConfig
 from mmc.heads.ranking import top_k_mask
+from mmc.heads.temperature import probabilities
 from mmc.heads.thresholds import decide
 from mmc.store.errors import InputError
 
@@ -142,7 +142,7 @@ def predict_blocks(
         taken = rows[i : i + predictor.batch]
         ok = predictor.done(taken)
         scores = predictor.logits(taken[ok])
-        p = probabilities(scores, run.task)
+        p = probabilities(scores, run.task, run.temperature)
         chosen = _choose(p, scores, run, config)
         mask = torch.from_numpy(ok)
         yield Predictions(

@@ -13,6 +13,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,8 @@ PLAIN_KEYS = (
     "created",
 )
 """Keys of ``run.json`` that are fields of a run as they are."""
+OPTIONAL_KEYS: dict[str, Any] = {"temperature": 1.0, "training": {}}
+"""Keys that runs of this format may lack -> what is then meant."""
 _KINDS = {"features": dict, "label_set": list, "thresholds": dict, "head": str, "task": str}
 """What ``run.json`` holds under some keys, never empty."""
 _REQUIRED = {
@@ -130,6 +133,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     for name, expected in _KINDS.items():
         if not isinstance(record[name], expected) or not record[name]:
             raise InputError(f"{folder / RECORD} is damaged at {name!r}; train the head again")
+    if not _positive(record.get("temperature", 1.0)):
+        raise InputError(f"{folder / RECORD} is damaged at 'temperature'; train the head again")
     if record["task"] not in HEADLINE:
         raise InputError(f"{folder / RECORD}: unknown task {record['task']!r}")
     if label_set_hash(record["label_set"]) != record["label_set_hash"]:
@@ -138,6 +143,10 @@ def read_record(folder: Path) -> dict[str, Any]:
             "the head's outputs, so train the head again"
         )
     return record
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf
 
 
 def history_csv(history: Sequence[Mapping[str, Any]]) -> bytes:

@@ -114,6 +114,20 @@ def digest(splits: Splits, store: "EmbeddingStore") -> str:
     return state.hexdigest()
 
 
+def rows_digest(store: "EmbeddingStore", rows: Rows, truth: Tensor) -> str:
+    """Hash of which samples these are and what is true of them, whatever their order.
+
+    Args:
+        truth: of ``rows``: int8 (n, C), or classes int64 (n,).
+    """
+    ids = np.array(store.column("id").take(rows).to_pylist(), dtype=object)
+    order = np.argsort(ids)
+    state = hashlib.blake2b(digest_size=16)
+    state.update("\0".join(ids[order]).encode())
+    state.update(np.ascontiguousarray(truth.cpu().numpy()[order]).tobytes())
+    return state.hexdigest()
+
+
 def _usable(
     store: "EmbeddingStore", features: Sequence[str], split: str, name: str, notes: list[str]
 ) -> Rows:

@@ -34,7 +34,7 @@ class TrainReport:
     epochs: int
     """Passes over the training rows, all stages together."""
     seconds: float
-    """Everything, loading and measuring included."""
+    """Everything, loading and measuring included, writing the run not."""
     train_seconds: float
     """The steps alone."""
     rate: float
@@ -118,6 +118,8 @@ def _train_into(
         report(line)
     run = setup.run(head, position)
     measured = setup.measure(run)
+    seconds = time.perf_counter() - started
+    run.training = _effort(setup, position, seconds)
     run.save(folder)
     checkpoints.remove()
     report(f"the run is in {folder}; its README.md says how good it is and how to use it")
@@ -126,15 +128,30 @@ def _train_into(
         features=setup.features,
         rows={name: len(getattr(setup.splits, name)) for name in ("train", "val", "test")},
         metrics=measured,
-        epochs=position.train_rows // max(len(setup.splits.train), 1),
-        seconds=time.perf_counter() - started,
+        epochs=run.training["epochs"],
+        seconds=seconds,
         train_seconds=position.train_seconds,
-        rate=position.train_rows / position.train_seconds if position.train_seconds else 0.0,
+        rate=run.training["rate"],
         batch_size=setup.batch_size,
         lr=setup.lr,
         resumed=found is not None,
         notes=[*setup.splits.notes, *position.notes],
     )
+
+
+def _effort(setup: Setup, position: Position, seconds: float) -> dict[str, Any]:
+    """`Run.training`."""
+    stepping = position.train_seconds
+    return {
+        "seconds": round(seconds, 3),
+        "train_seconds": round(stepping, 4),
+        "rows": position.train_rows,
+        "epochs": position.train_rows // max(len(setup.splits.train), 1),
+        "rate": round(position.train_rows / stepping, 1) if stepping else 0.0,
+        "batch_size": setup.batch_size,
+        "lr": setup.lr,
+        "device": str(setup.device),
+    }
 
 
 def _stage_lines(position: Position) -> list[str]:

@@ -26,6 +26,7 @@ from mmc.heads.models.base import Head
 from mmc.heads.options import OptimConfig, TrainConfig, parse_set
 from mmc.heads.predict import Predictor
 from mmc.heads.streaming import WINDOWS, StreamedData
+from mmc.heads.temperature import fit_temperature, probabilities
 from mmc.store.config import build
 from mmc.store.errors import InputError
 from mmc.store.registry import load, lookup
@@ -185,7 +186,7 @@ class Setup:
         )
 
     def measure(self, run: Run) -> dict[str, dict[str, Any]]:
-        """Tune thresholds on the validation rows, then measure validation and test."""
+        """Fit temperature, then thresholds on validation; measure validation and test."""
         predictor = Predictor(run, self.store, device=self.device)
         for name in ("val", "test"):
             rows = getattr(self.splits, name)
@@ -194,11 +195,18 @@ class Setup:
             logits = predictor.logits(rows)
             targets = splits.targets(self.store, rows).to(logits.device)
             if name == "val":
-                probabilities = metrics.probabilities(logits, run.task)
-                run.thresholds = thresholds.tune(probabilities, targets, run.task)
+                run.temperature = fit_temperature(logits, targets, run.task)
+                p = probabilities(logits, run.task, run.temperature)
+                run.thresholds = thresholds.tune(p, targets, run.task)
             run.metrics[name] = metrics.evaluate(
-                logits, targets, run.task, label_set=run.label_set, thresholds=run.thresholds
+                logits,
+                targets,
+                run.task,
+                label_set=run.label_set,
+                thresholds=run.thresholds,
+                temperature=run.temperature,
             )
+            run.metrics[name]["rows_digest"] = splits.rows_digest(self.store, rows, targets)
             run.metrics[name]["also_in_train"] = self.splits.seen.get(name, {})
         return run.metrics
 

@@ -31,7 +31,7 @@ def attend(
         mask: bool (B, N), True where there is a token; each sample must have one.
         dropout: of the weights.
     """
-    B = len(key)
+    B = key.shape[0]
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
     shape = None if mask is None else mask[:, None, None, :]
     if key.device.type == "cpu" and torch.is_grad_enabled():

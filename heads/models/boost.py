@@ -158,7 +158,7 @@ class Boost(Head):
     def _sum(self, prepared: Batch, steps: int) -> Tensor:
         """Logits (B, C) of the base and the first ``steps`` stages."""
         x_BD = prepared["inputs"]
-        logits = self.prior.expand(len(x_BD), -1)
+        logits = self.prior.expand(x_BD.shape[0], -1)
         if self.base is not None:
             logits = prepared["base"].float()
         for step in self.steps[:steps]:

@@ -83,7 +83,7 @@ class Router(Head):
 
     def score(self, prepared: Batch) -> Tensor:
         weights_BF = self._weights(prepared) * len(self.roles)
-        logits_BC = self.prior.expand(len(weights_BF), -1)
+        logits_BC = self.prior.expand(weights_BF.shape[0], -1)
         for index, (role, classifier) in enumerate(zip(self.roles, self.classifiers, strict=True)):
             evidence_BC = classifier(prepared[role]) - self.prior
             logits_BC = logits_BC + weights_BF[:, index : index + 1] * evidence_BC

@@ -208,7 +208,7 @@ def with_global(
     """The mean of the real regions, at the whole picture's box, before the first region."""
     real = mask_BR[..., None].to(regions_BRD.dtype)
     mean = (regions_BRD * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
-    whole = boxes_BRF.new_tensor([0.0, 0.0, 1.0, 1.0, 1.0]).expand(len(boxes_BRF), 1, -1)
+    whole = boxes_BRF.new_tensor([0.0, 0.0, 1.0, 1.0, 1.0]).expand(boxes_BRF.shape[0], 1, -1)
     return (
         torch.cat([mean, regions_BRD], dim=1),
         torch.cat([whole, boxes_BRF], dim=1),
