@@ -512,6 +512,82 @@ def neighbors_command(
         print(format_neighbors(found))
 
 
+@app.command("compare")
+def compare_command(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Runs, or folders that hold runs.")
+    ],
+    csv: Annotated[
+        Path | None, typer.Option("--csv", help="Write the table to this file too, all digits.")
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure all runs anew on the same samples of this store, with 95 % intervals of "
+            "the differences."
+        ),
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="With --store: samples of this split; `all` for every labelled one.")
+    ] = "test",
+    device: Device = "auto",
+    json_output: Json = False,
+) -> None:
+    """Show runs side by side: metrics, size, time; the best of each column is marked.
+
+    \b
+    Example:
+      mmc compare runs/
+      mmc compare linear.run mlp.run --store my.store --csv runs.csv
+    """
+    from mmc.heads.compare import compare, comparison_csv, format_comparison
+    from mmc.heads.runfiles import write_atomic
+    from mmc.store import EmbeddingStore
+
+    opened = EmbeddingStore.open(store) if store is not None else None
+    found = compare(runs, store=opened, split=split, device=device, report=_say)
+    if csv is not None:
+        write_atomic(csv, comparison_csv(found))
+    if json_output:
+        _print_json(found.to_json())
+    else:
+        print(format_comparison(found))
+
+
+@app.command("export")
+def export_command(
+    run: RunPath,
+    to: Annotated[Literal["onnx"], typer.Option("--to", help="onnx: a run's head.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="What to write; default: beside the run, my.run gives my.onnx."),
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Write a run's head in a form that needs no mmc, checked against the original.
+
+    \b
+    Example:
+      mmc export my.run --to onnx --out my.onnx
+    """
+    report = EXPORTS[to](run, out)
+    if json_output:
+        _print_json(asdict(report))
+    else:
+        print(report)
+
+
+def _export_onnx(run: Path, out: Path | None) -> Any:
+    from mmc.heads.artifact import Run
+    from mmc.heads.export import default_path, export_onnx
+
+    return export_onnx(Run.load(run), out or default_path(run))
+
+
+EXPORTS: dict[str, Callable[[Path, Path | None], Any]] = {"onnx": _export_onnx}
+"""What ``--to`` can be -> the function that writes it and says how it went."""
+
+
 @app.command("info")
 def info_command(store: StorePath, json_output: Json = False) -> None:
     """Show what a store holds: features, rows, splits, labels, where it came from.

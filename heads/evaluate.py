@@ -102,7 +102,7 @@ def format_table(result: Mapping[str, Any]) -> str:
     if not by_split:
         return "not measured: no labelled validation or test samples"
     result = list(by_split.values())[-1]
-    lines = _align([("", *by_split), *summary_rows(result["task"], by_split)])
+    lines = aligned([("", *by_split), *summary_rows(result["task"], by_split)])
     for key, what in (("failed", "without features"), ("unlabelled", "without labels")):
         if result.get(key):
             lines.append(f"{result[key]} samples {what} were left out")
@@ -118,15 +118,15 @@ def format_table(result: Mapping[str, Any]) -> str:
     if len(kept) < len(labels):
         gap = (f"... {len(labels) - len(kept)} more", *[""] * (len(columns) - 1))
         body.insert(SHOWN, gap)
-    return "\n".join([*lines, "", *_align([tuple(columns), *body])])
+    return "\n".join([*lines, "", *aligned([tuple(columns), *body])])
 
 
-def _align(rows: list[tuple[str, ...]]) -> list[str]:
-    """Columns of text padded to equal width; the first to the left, the others to the right."""
+def aligned(rows: list[tuple[str, ...]], left: int = 1) -> list[str]:
+    """Lines of a table, columns of equal width; the first ``left`` to the left, others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
+            cell.ljust(width) if i < left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

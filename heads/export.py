@@ -1,7 +1,7 @@
 """A run's head as an ONNX file that needs neither mmc nor torch, checked against torch.
 
 Inputs are called after the head's roles and take rows as a store gives them, floats as float32;
-the first axis, ``batch``, is free. Outputs are ``logits`` and ``probabilities``, float32 (batch, C).
+the first axis, ``batch``, is free. Outputs are ``logits`` and ``probabilities``, (batch, C) each.
 What else a user needs (labels, thresholds, which features) is JSON in the model's metadata, under
 the key ``mmc``.
 """
@@ -67,7 +67,7 @@ class ExportReport:
 
 def default_path(run: Path) -> Path:
     """Where a run is exported to when nobody says: beside its folder, ``my.run`` -> ``my.onnx``."""
-    run = run.resolve()
+    run = run.resolve() if run.name in ("", "..") else run
     return run.with_name(f"{run.name.removesuffix('.run')}.onnx")
 
 

@@ -31,8 +31,10 @@ def test_the_commands():
     assert COMMANDS == [
         "caption",
         "compact",
+        "compare",
         "demo",
         "evaluate",
+        "export",
         "extract",
         "info",
         "list",
