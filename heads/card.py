@@ -293,7 +293,13 @@ def _decisions(run: "Run") -> str:
 def _temperature(run: "Run") -> str:
     """How logits become probabilities, where that is not plain."""
     if run.temperature == 1:
-        return ""
+        tried = "temperature" in run.metrics.get("val", {})
+        return (
+            "\n\nProbabilities are as the head gives them: no temperature fits `val` better, or it "
+            "has too few decisions to tell (fewer than 10 of a kind)."
+            if tried
+            else ""
+        )
     how = "sigmoid" if run.task == "multilabel" else "softmax"
     return (
         f"\n\nProbabilities are the {how} of the logits divided by {run.temperature:.4g}, the "

@@ -132,7 +132,8 @@ def compare(
         measured = remeasure(
             rows, store, split, compared=METRICS, device=device, seed=seed, warn=warn
         )
-    rows = _in_sets(rows, (split,) if store is not None else SPLITS, warn)
+    # What could not be measured anew has been told of.
+    rows = _in_sets(rows, *((SPLITS, warn) if store is None else ((split,), lambda line: None)))
     columns = _columns(rows, measured)
     return Comparison(
         rows=rows,

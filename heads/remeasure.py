@@ -78,9 +78,9 @@ def remeasure(
             told = {"metric": name, "reference": row["run"], "resamples": len(draws)}
             continue
         difference = value - reference[1]
-        if not np.isnan(difference):
-            row["difference"] = difference
-            row["difference_interval"] = list(interval(draws - reference[2]))
+        low, high = interval(draws - reference[2])
+        if not np.isnan([difference, low]).any():
+            row |= {"difference": difference, "difference_interval": [low, high]}
     return {"store": store.path, "split": split, "rows": len(kept), **told, "seed": seed}
 
 

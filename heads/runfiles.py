@@ -133,6 +133,12 @@ def read_record(folder: Path) -> dict[str, Any]:
     for name, expected in _KINDS.items():
         if not isinstance(record[name], expected) or not record[name]:
             raise InputError(f"{folder / RECORD} is damaged at {name!r}; train the head again")
+    tables = {name: record.get(name, {}) for name in ("metrics", "training")}
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise InputError(f"{folder / RECORD} is damaged at {name!r}; train the head again")
+    if not all(isinstance(found, dict) for found in tables["metrics"].values()):
+        raise InputError(f"{folder / RECORD} is damaged at 'metrics'; train the head again")
     if not _positive(record.get("temperature", 1.0)):
         raise InputError(f"{folder / RECORD} is damaged at 'temperature'; train the head again")
     if record["task"] not in HEADLINE:

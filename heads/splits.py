@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -120,10 +122,10 @@ def rows_digest(store: "EmbeddingStore", rows: Rows, truth: Tensor) -> str:
     Args:
         truth: of ``rows``: int8 (n, C), or classes int64 (n,).
     """
-    ids = np.array(store.column("id").take(rows).to_pylist(), dtype=object)
-    order = np.argsort(ids)
+    ids = store.column("id").take(pa.array(rows))
+    order = pc.sort_indices(ids).to_numpy()
     state = hashlib.blake2b(digest_size=16)
-    state.update("\0".join(ids[order]).encode())
+    state.update("\0".join(ids.take(pa.array(order)).to_pylist()).encode())
     state.update(np.ascontiguousarray(truth.cpu().numpy()[order]).tobytes())
     return state.hexdigest()
 

@@ -300,3 +300,36 @@ def test_keys_of_later_versions_are_passed_over(
         feature["later"] = 1
     path.write_text(json.dumps(record | {"later": 1}), encoding="utf-8")
     assert Run.load(tmp_path / "run").features.keys() == record["features"].keys()
+
+
+@pytest.mark.parametrize("task", ["binary", "multiclass"])
+def test_the_card_shows_what_is_taken_for_what(
+    make_store: MakeStore, make_run: MakeRun, tmp_path: Path, task: str
+) -> None:
+    store = make_store(task, n=200, noise=2.0)
+    run = make_run(store)
+    run.metrics["test"] = evaluate(run, store, "test", device="cpu")
+    run.save(tmp_path / "run")
+    card = (tmp_path / "run" / "README.md").read_text()
+    table = card.split("### What is taken for what on `test`")[1].split("\n## ")[0]
+    confusion = run.metrics["test"]["confusion"]
+    assert sum(map(sum, confusion)) == run.metrics["test"]["samples"]
+    assert sum(map(sum, confusion)) > sum(row[i] for i, row in enumerate(confusion))
+    for name, counts in zip(run.label_set, confusion, strict=True):
+        assert f"| {name} | {' | '.join(map(str, counts))} |" in table
+
+
+def test_of_many_classes_the_largest_confusions_are_shown(
+    make_store: MakeStore, make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run(make_store("multiclass"))
+    run.label_set = tuple(f"c{i}" for i in range(21))
+    table = np.diag(np.full(21, 8))
+    table[4, 7], table[20, 0] = 2, 24
+    per_label = {"label": list(run.label_set), "positives": [8] * 21, "f1": [0.5] * 21}
+    run.metrics["val"] = {"samples": 194, "confusion": table.tolist(), "per_label": per_label}
+    run.save(tmp_path / "run")
+    card = (tmp_path / "run" / "README.md").read_text()
+    part = card.split("### What is taken for what on `val`")[1].split("\n## ")[0]
+    assert "| c20 | c0 | 24 | 75% |\n| c4 | c7 | 2 | 20% |" in part
+    assert part.count("\n|") == 4

@@ -182,16 +182,20 @@ def test_bad_runs_are_warned_of_and_the_rest_is_shown(
     path.write_text(path.read_text()[:100])
     save(make_store(name="third"), "weights")
     (tmp_path / "runs" / "weights" / "head.safetensors").write_bytes(b"no")
+    save(make_store(name="fourth"), "edited")
+    record = tmp_path / "runs" / "edited" / "run.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"metrics": {"val": 3}}))
     lines: list[str] = []
     found = compare(
         [tmp_path / "runs", tmp_path / "nowhere", tmp_path / "runs" / "good"], report=lines.append
     )
     assert [Path(row["run"]).name for row in found.rows] == ["good"]
     assert lines == [f"warning: {line}" for line in found.warnings]
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert "nowhere is no folder; left out" in lines[0]
     assert "cut/run.json is not JSON" in lines[1]
-    assert "weights/head.safetensors" in lines[2]
+    assert "edited/run.json is damaged at 'metrics'" in lines[2]
+    assert "weights/head.safetensors" in lines[3]
     assert all("\n" not in line for line in lines)
     with pytest.raises(InputError, match="none of the runs can be read"):
         compare([tmp_path / "runs" / "cut"])
@@ -223,7 +227,7 @@ def test_measured_anew_all_are_measured_on_the_same_rows(
     found = compare([tmp_path / "runs"], store=other, device="cpu")
     assert found.warnings == ["4 rows that lack features of some run are left out"]
     assert found.measured is not None
-    assert found.measured["rows"] == 96  # 100 of test, 4 failed
+    assert found.measured["rows"] == 95  # 100 of test, 4 failed, 1 without labels
     assert found.measured["reference"] == str(tmp_path / "runs" / "b")
     again = {
         name: evaluate(r, other, "test", device="cpu") for name, r in (("a", run), ("b", best))
@@ -239,7 +243,7 @@ def test_measured_anew_all_are_measured_on_the_same_rows(
     assert "difference" not in b
     text = format_comparison(found)
     assert f"{low:+.4f} to {high:+.4f}" in text
-    assert "96 rows" in text
+    assert "95 rows" in text
     same = compare([tmp_path / "runs"], store=other, device="cpu")
     assert by_name(same)["a"]["difference_interval"] == [low, high]
     seeded = compare([tmp_path / "runs"], store=other, device="cpu", seed=1)

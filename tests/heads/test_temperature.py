@@ -172,7 +172,7 @@ def test_a_run_is_calibrated_everywhere(make_store: Callable, tmp_path: Path, ta
     assert "ECE without the temperature" in format_table(run.metrics)
 
 
-def test_a_run_without_a_temperature_says_nothing_of_it(
+def test_a_run_at_temperature_one_shows_each_figure_once(
     make_store: Callable, make_run: Callable, tmp_path: Path
 ) -> None:
     store = make_store()
@@ -180,7 +180,8 @@ def test_a_run_without_a_temperature_says_nothing_of_it(
     run.metrics["val"] = evaluate(run, store, "val")
     run.save(tmp_path / "run")
     card = (tmp_path / "run" / "README.md").read_text()
-    assert "emperature" not in card
+    assert "without the temperature" not in card
+    assert "as the head gives them: no temperature fits" in card
 
 
 def test_new_labels_keep_the_temperature(make_store: Callable, make_run: Callable) -> None:
