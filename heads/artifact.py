@@ -8,6 +8,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -74,8 +75,9 @@ class Run:
     seed: int = 0
     train_config: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
-    """What it took: seconds (all), train_seconds (the steps), rows and epochs that the steps went
-    over, rate (rows per second of the steps), batch_size, lr, device. Empty for older runs."""
+    """What it took: seconds (all, of the last session where it was resumed), train_seconds (the
+    steps), rows and epochs that the steps went over, rate (rows per second of the steps),
+    batch_size, lr, device. Empty for older runs."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One dictionary per epoch; the same keys in each, None where there is no value."""
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
@@ -143,7 +145,7 @@ class Run:
         except SafetensorError as error:
             raise MmcError(f"{folder / WEIGHTS} is damaged ({error})") from None
         taken = {key: record[key] for key in PLAIN_KEYS}
-        taken |= {key: record.get(key, default) for key, default in OPTIONAL_KEYS.items()}
+        taken |= {key: record.get(key, copy(default)) for key, default in OPTIONAL_KEYS.items()}
         try:
             return cls(
                 **taken,
