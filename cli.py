@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.metadata import distributions, version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -30,6 +30,9 @@ from mmc.heads.options import PredictConfig, TrainConfig
 from mmc.store.config import build, field_docs
 from mmc.store.errors import InputError, MmcError
 from mmc.store.registry import Entry, entries, lookup
+
+if TYPE_CHECKING:
+    from mmc.heads.predict import PredictionReport
 
 app = typer.Typer(
     name="mmc",
@@ -391,12 +394,46 @@ def predict_command(
       mmc predict my.run new.csv --out predictions.csv --store new.store
       mmc predict zero.run my.store --labels new_labels.txt --out predictions.csv
     """
-    from mmc.extract.inputs import check_out, open_input
     from mmc.extract.progress import Progress
+
+    config = build(PredictConfig, settings, where="mmc predict")
+    with Progress() as progress:
+        report = _predict(
+            run,
+            input_,
+            out,
+            config,
+            store=store,
+            labels=labels,
+            given=source_options,
+            report=_say,
+            progress=progress,
+        )
+    if json_output:
+        _print_json(asdict(report))
+    else:
+        print(report)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _predict(
+    run: Path,
+    input_: str,
+    out: Path,
+    config: PredictConfig,
+    *,
+    store: str | None,
+    labels: Path | None,
+    given: dict[str, Any],
+    report: Callable[[str], None],
+    progress: Callable[[str, int, int], None],
+) -> "PredictionReport":
+    """Predict on a store, or on a source that is embedded first: what joins extract and heads."""
+    from mmc.extract.inputs import check_out, open_input
     from mmc.heads.artifact import Run
     from mmc.heads.predict import default_split, predict_csv
 
-    config = build(PredictConfig, settings, where="mmc predict")
     check_out(out, run, input_)
     loaded = Run.load(run)
     if labels is not None:
@@ -408,32 +445,78 @@ def predict_command(
             names,
             embed_labels_like(recipe.backbone, names, recipe.templates, device=config.device),
         )
-    with (
-        Progress() as progress,
-        open_input(
-            input_,
-            loaded.recipe,
-            loaded.source,
-            out=out,
-            store=store,
-            given=source_options,
-            device=config.device,
-            report=_say,
-            progress=progress,
-        ) as (opened, rows),
-    ):
+    with open_input(
+        input_,
+        loaded.recipe,
+        loaded.source,
+        out=out,
+        store=store,
+        given=given,
+        device=config.device,
+        report=report,
+        progress=progress,
+    ) as (opened, rows):
         if rows is not None:
             config = replace(config, split=config.split or default_split(opened, rows))
         if labels is None:
             for line in loaded.compare_labels(opened.label_set, input_):
-                _say(f"warning: {line}")
-        report = predict_csv(loaded, opened, out, config, rows=rows, progress=progress)
+                report(f"warning: {line}")
+        return predict_csv(loaded, opened, out, config, rows=rows, progress=progress)
+
+
+@app.command("run")
+def run_command(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY.KEY=VALUE",
+            help="Set a key of the recipe for this call, such as heads.linear.lr=0.001. Repeat.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the recipe and say what would run, and why.")
+    ] = False,
+    force: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="STEP",
+            help="Run this step though nothing has changed: the name of a run, or prepare, "
+            "caption, extract (which embeds all anew), train, compare, evaluate, predict. Repeat.",
+        ),
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Run the steps of a recipe, from a source to predictions: only what changed since last time.
+
+    \b
+    Example:
+      mmc run kaggle.yaml
+      mmc run kaggle.yaml --dry-run
+      mmc run kaggle.yaml --set heads.decoder.epochs=5 --force predict
+    """
+    from mmc.extract.progress import Progress
+    from mmc.extract.steps import data_steps, read_input
+    from mmc.heads.steps import Joined, head_steps
+    from mmc.store.chain import open_recipe, run_steps
+
+    with open_recipe(recipe, set_ or ()) as opened, Progress() as progress:
+        data = data_steps(opened)
+        joined = Joined(read_input=read_input, predict=_predict)
+        steps = [*data.steps, *head_steps(opened, data.store, data.aliases, joined)]
+        opened.top.finish()
+        outcomes = run_steps(
+            opened,
+            steps,
+            force=force or (),
+            dry_run=dry_run,
+            report=_say,
+            show=(lambda text: None) if json_output else print,
+            progress=progress,
+        )
     if json_output:
-        _print_json(asdict(report))
-    else:
-        print(report)
-    if not report.ok:
-        raise typer.Exit(1)
+        _print_json([asdict(outcome) for outcome in outcomes])
 
 
 @app.command("evaluate")

@@ -13,6 +13,8 @@ from mmc.store.errors import InputError
 from mmc.store.schema import check_name
 
 LARGEST_BATCH = 8192
+OWN = ("fields", "batch_size", "precision", "max_text_tokens")
+"""What each of several backbones may have for itself."""
 
 
 @dataclass(frozen=True, kw_only=True)

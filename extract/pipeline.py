@@ -6,10 +6,11 @@ samples is in place before the first embedding is.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -48,6 +49,7 @@ def extract(
     store_path: str,
     config: ExtractConfig,
     *,
+    own: Mapping[str, Mapping[str, Any]] | None = None,
     report: Say = print,
     progress: Progress = silent,
 ) -> ExtractReport:
@@ -57,6 +59,7 @@ def extract(
         source: where the samples come from.
         store_path: the store; made when there is none.
         config: what to run and how.
+        own: name of a backbone -> what of `OWN` it has for itself, in place of ``config``'s.
         report: called with each line for the user.
         progress: called with (stage, done, total) several times a second, in this thread.
 
@@ -68,13 +71,17 @@ def extract(
         KeyboardInterrupt: Ctrl-C; what was finished by then is in the store.
     """
     check_source(source)
+    own = own or {}
+    aliases = config.aliases()
     each = [
-        replace(config, backbones=(spec,), names=(alias,))
-        for spec, alias in zip(config.backbones, config.aliases(), strict=True)
+        replace(config, backbones=(spec,), names=(alias,), **own.get(alias, {}))
+        for spec, alias in zip(config.backbones, aliases, strict=True)
     ]
     read = partial(read_source, source, config.source)
+    shared = [alias for alias in aliases if "fields" not in own.get(alias, {})]
+    some_fields = shared if len(each) > 1 else ()
     return extract_each(
-        read, store_path, config, each, some_fields=len(each) > 1, report=report, progress=progress
+        read, store_path, config, each, some_fields=some_fields, report=report, progress=progress
     )
 
 
@@ -84,7 +91,7 @@ def extract_each(
     config: ExtractConfig,
     each: Sequence[ExtractConfig],
     *,
-    some_fields: bool = False,
+    some_fields: Collection[str] = (),
     label_texts: bool = True,
     report: Say,
     progress: Progress,
@@ -96,7 +103,7 @@ def extract_each(
         store_path: the store; made when there is none.
         config: of the run; its backbones do not count.
         each: one backbone each, with its name, fields, batch size, precision and text length.
-        some_fields: whether a backbone may lack some of its fields that another gives.
+        some_fields: names of backbones that may lack some of their fields, which others give.
         label_texts: whether the label names are embedded, too.
         report: called with each line for the user.
         progress: called with (stage, done, total).
@@ -148,7 +155,10 @@ def _contents(samples: Samples, store: EmbeddingStore | None) -> set[str]:
 
 
 def _load(
-    config: ExtractConfig, store: EmbeddingStore | None, device: torch.device, some_fields: bool
+    config: ExtractConfig,
+    store: EmbeddingStore | None,
+    device: torch.device,
+    some_fields: Collection[str],
 ) -> Loaded:
     """Load the one backbone of ``config`` as it made the features that the store has.
 
@@ -164,7 +174,7 @@ def _load(
         precision=settings.precision,
         max_text_tokens=settings.max_text_tokens,
     )
-    if some_fields and config.fields:
+    if alias in some_fields and config.fields:
         here = tuple(name for name in config.fields if name in backbone.fields)
         config = replace(config, fields=here or config.fields)
     fields = choose_fields(backbone, alias, store, config)

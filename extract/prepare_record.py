@@ -1,7 +1,6 @@
 """The record of a preparation: what its folder was made of, and whether it is finished."""
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -10,14 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from mmc.extract.prepare_options import PrepareConfig, PrepareReport
-from mmc.extract.sources import Samples, patterns, resolve_image
-from mmc.extract.sources.embedded import table_of
+from mmc.extract.sources import Samples, patterns
 from mmc.extract.sources.prepared import RECIPE, schema_text
 from mmc.extract.sources.splits import SPLITS
+from mmc.extract.sources.state import hash_samples
 from mmc.store.errors import InputError
 from mmc.store.files import LocalFiles
 
@@ -70,15 +66,8 @@ def make_recipe(samples: Samples, config: PrepareConfig) -> dict[str, Any]:
     """What the output is made of; another recipe makes other shards."""
     settings = {name: getattr(config, name) for name in _SETTINGS}
     digest = hashlib.sha256(json.dumps([FORMAT, settings], sort_keys=True).encode())
-    with (
-        pa.PythonFile(_Hashing(digest), mode="w") as sink,
-        pa.ipc.new_stream(sink, samples.table.schema) as writer,
-    ):
-        writer.write_table(samples.table)
+    hash_samples(digest, samples)
     core = [name for name in CORE if name in samples.table.column_names]
-    digest.update(json.dumps([samples.label_set, samples.task]).encode())
-    for image in pc.unique(samples.table["image"]).drop_null().to_pylist():
-        digest.update(json.dumps([image, _signature(samples.source, image)]).encode())
     return {
         "format": FORMAT,
         "done": False,
@@ -90,28 +79,6 @@ def make_recipe(samples: Samples, config: PrepareConfig) -> dict[str, Any]:
         "label_tree": samples.source.get("label_tree"),
         "recipe": digest.hexdigest(),
     }
-
-
-class _Hashing(io.RawIOBase):
-    """A file that keeps nothing but a hash."""
-
-    def __init__(self, digest: Any) -> None:
-        self._digest = digest
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self._digest.update(data)
-        return len(data)
-
-
-def _signature(source: dict[str, Any], image: str) -> tuple[int, int] | None:
-    try:
-        status = os.stat(resolve_image(source, table_of(image)[0]))
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
 
 
 def claim(

@@ -31,12 +31,14 @@ from mmc.heads.runfiles import (
     HISTORY,
     OPTIONAL_KEYS,
     PLAIN_KEYS,
+    RECIPE,
     RECORD,
     WEIGHTS,
     check_output,
     history_csv,
     label_set_hash,
     read_history,
+    read_recipe,
     read_record,
     write_atomic,
 )
@@ -82,6 +84,8 @@ class Run:
     """One dictionary per epoch; the same keys in each, None where there is no value."""
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    recipe_text: str | None = None
+    """The recipe that trained it; None: `mmc run` did not."""
     path: Path | None = None
     """Where it was loaded from or saved to."""
 
@@ -113,8 +117,10 @@ class Run:
             WEIGHTS: weights,
             HISTORY: history_csv(self.history),
             CARD: render(self).encode(),
-            RECORD: (text + "\n").encode(),
         }
+        if self.recipe_text is not None:
+            files[RECIPE] = self.recipe_text.encode()
+        files[RECORD] = (text + "\n").encode()
         self.path.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
             write_atomic(self.path / name, data)
@@ -156,6 +162,7 @@ class Run:
                 thresholds=Thresholds.from_json(record["thresholds"]),
                 state=state,
                 history=read_history(folder / HISTORY),
+                recipe_text=read_recipe(folder / RECIPE),
                 path=folder,
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -251,9 +258,12 @@ class Run:
         return list(by_alias.values())
 
     def _record(self) -> dict[str, Any]:
+        text = self.recipe_text
+        recipe = None if text is None else hashlib.sha256(text.encode()).hexdigest()
         return {
             "format": FORMAT,
-            **{key: getattr(self, key) for key in (*PLAIN_KEYS, *OPTIONAL_KEYS)},
+**{key: getattr(self, key) for key in (*PLAIN_KEYS, *OPTIONAL_KEYS)},
+            **({"recipe_sha256": recipe} if recipe else {}),
             "features": {role: asdict(ref) for role, ref in self.features.items()},
             "label_set": list(self.label_set),
             "label_set_hash": self.label_set_hash,

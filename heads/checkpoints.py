@@ -18,7 +18,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from mmc.heads.runfiles import CARD, CHECKPOINTS, HISTORY, RECORD, WEIGHTS, write_atomic
+from mmc.heads.runfiles import (
+    CARD,
+    CHECKPOINTS,
+    HISTORY,
+    RECIPE,
+    RECORD,
+    WEIGHTS,
+    write_atomic,
+)
 from mmc.store.errors import InputError, MmcError
 
 FILE = "last.safetensors"
@@ -97,7 +105,7 @@ def claimed(run: Path) -> Iterator[None]:
 
 def clear_run(folder: Path) -> None:
     """Remove what a run consists of, its record first so that no half of it looks whole."""
-    for name in (RECORD, WEIGHTS, HISTORY, CARD):
+    for name in (RECORD, WEIGHTS, HISTORY, CARD, RECIPE):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 

@@ -5,6 +5,7 @@ run.json           everything else that is needed to use it; written last, so it
                    means that the run is whole
 history.csv        one row per epoch
 README.md          model card
+recipe.yaml        the recipe that trained it, where `mmc run` did
 checkpoints/       the trainer's
 """
 
@@ -23,12 +24,13 @@ from mmc.heads.metrics import HEADLINE
 from mmc.store.errors import FormatVersionError, InputError, MmcError
 
 FORMAT = 1
-WEIGHTS, RECORD, HISTORY, CARD, CHECKPOINTS = (
+WEIGHTS, RECORD, HISTORY, CARD, CHECKPOINTS, RECIPE = (
     "head.safetensors",
     "run.json",
     "history.csv",
     "README.md",
     "checkpoints",
+    "recipe.yaml",
 )
 
 PLAIN_KEYS = (
@@ -72,7 +74,7 @@ def check_output(path: str | Path) -> Path:
     """
     folder = Path(path)
     if folder.is_dir():
-        ours = {WEIGHTS, RECORD, HISTORY, CARD, CHECKPOINTS}
+        ours = {WEIGHTS, RECORD, HISTORY, CARD, CHECKPOINTS, RECIPE}
         others = sorted(p.name for p in folder.iterdir() if p.name not in ours)
         others = [name for name in others if not name.endswith(".partial")]
         # A README.md alone is someone's project, not a run.
@@ -179,6 +181,20 @@ def read_history(path: Path) -> list[dict[str, Any]]:
             rows = list(csv.DictReader(file, strict=True))
         return [{key: _number(text) for key, text in row.items()} for row in rows]
     except (OSError, ValueError, TypeError, csv.Error):
+        raise InputError(f"{path} is damaged; delete it, for predictions do not need it") from None
+
+
+def read_recipe(path: Path) -> str | None:
+    """The recipe that is kept in a run; None where there is none.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
         raise InputError(f"{path} is damaged; delete it, for predictions do not need it") from None
 
 

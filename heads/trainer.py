@@ -50,6 +50,7 @@ def train(
     run_path: str | Path,
     config: TrainConfig,
     *,
+    recipe: str | None = None,
     report: Report = lambda line: None,
     progress: Progress = lambda stage, done, total: None,
 ) -> TrainReport:
@@ -59,6 +60,7 @@ def train(
     was never stopped.
 
     Args:
+        recipe: text of the recipe that this training is a step of; it is kept in the run.
         report: told a line of plain text now and then.
         progress: told (stage, epochs done, most epochs) after every validation.
 
@@ -69,13 +71,14 @@ def train(
     """
     # Building heads draws random numbers, and the engine sets seeds: the caller's stay as they are.
     with torch.random.fork_rng([]):
-        return _train(store, run_path, config, report, progress)
+        return _train(store, run_path, config, recipe, report, progress)
 
 
 def _train(
     store: "EmbeddingStore",
     run_path: str | Path,
     config: TrainConfig,
+    recipe: str | None,
     report: Report,
     progress: Progress,
 ) -> TrainReport:
@@ -86,11 +89,16 @@ def _train(
         _output_folder(run_path, config.overwrite)  # another training may have ended meanwhile
         if config.overwrite:
             clear_run(folder)
-        return _train_into(folder, setup, report, progress, started)
+        return _train_into(folder, setup, recipe, report, progress, started)
 
 
 def _train_into(
-    folder: Path, setup: Setup, report: Report, progress: Progress, started: float
+    folder: Path,
+    setup: Setup,
+    recipe: str | None,
+    report: Report,
+    progress: Progress,
+    started: float,
 ) -> TrainReport:
     for note in setup.splits.notes:
         report(note)
@@ -117,6 +125,7 @@ def _train_into(
     for line in [*_stage_lines(position), *position.notes]:
         report(line)
     run = setup.run(head, position)
+    run.recipe_text = recipe
     measured = setup.measure(run)
     seconds = time.perf_counter() - started
     run.training = _effort(setup, position, seconds)

@@ -7,7 +7,7 @@ import inspect
 import textwrap
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, get_args, get_origin
 
 from mmc.store.errors import InputError
@@ -41,20 +41,38 @@ def build(config: type[T], settings: Mapping[str, Any], *, where: str) -> T:
     Raises:
         InputError: an unknown key (nearest names are given) or a value of the wrong type.
     """
-    hints = typing.get_type_hints(config)
-    names = [field.name for field in dataclasses.fields(config) if field.init]  # type: ignore[arg-type]
-    values = {}
-    for key, value in settings.items():
+    names = settable(config)
+    for key in settings:
         if key not in names:
-            near = difflib.get_close_matches(key, names, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
-            raise InputError(f"{where} has no setting {key!r}; {hint}")
-        try:
-            values[key] = _convert(value, hints[key])
-        except (TypeError, ValueError) as error:
-            wanted = getattr(hints[key], "__name__", str(hints[key]))
-            raise InputError(f"{where} setting {key}={value!r} is not {wanted}: {error}") from None
-    return config(**values)
+            raise InputError(f"{where} has no setting {key!r}; {nearest(key, names)}")
+    return config(
+        **{key: typed(config, key, value, where=where) for key, value in settings.items()}
+    )
+
+
+def settable(config: type) -> list[str]:
+    """Names of the fields that a config is made with."""
+    return [field.name for field in dataclasses.fields(config) if field.init]
+
+
+def nearest(key: str, names: Sequence[str]) -> str:
+    """For an error: the names that ``key`` may be a slip of the hand for, else all of them."""
+    near = difflib.get_close_matches(key, names, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
+
+
+def typed(config: type, key: str, value: Any, *, where: str) -> Any:
+    """``value`` as the type of the field ``key`` of ``config``; strings are converted.
+
+    Raises:
+        InputError: it is of another type.
+    """
+    hint = typing.get_type_hints(config)[key]
+    try:
+        return _convert(value, hint)
+    except (TypeError, ValueError) as error:
+        wanted = getattr(hint, "__name__", str(hint))
+        raise InputError(f"{where} setting {key}={value!r} is not {wanted}: {error}") from None
 
 
 def _convert(value: Any, hint: Any) -> Any:
@@ -69,12 +87,14 @@ def _convert(value: Any, hint: Any) -> Any:
             raise ValueError(f"choose from {', '.join(map(str, args))}")
         return value
     if origin is tuple:
+        if not isinstance(value, str | list | tuple):
+            raise TypeError(f"got {type(value).__name__}")
         parts = value.split(",") if isinstance(value, str) else value
         return tuple(_convert(part, args[0]) for part in parts)
     if not isinstance(value, str):
         if hint is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
-        if not isinstance(value, origin or hint):
+        if not isinstance(value, origin or hint) or (hint is int and isinstance(value, bool)):
             raise TypeError(f"got {type(value).__name__}")
         return value
     if hint is bool:
