@@ -504,7 +504,7 @@ def run_command(
     with open_recipe(recipe, set_ or ()) as opened, Progress() as progress:
         data = data_steps(opened)
         joined = Joined(read_input=read_input, predict=_predict)
-        steps = [*data.steps, *head_steps(opened, data.store, data.aliases, joined)]
+        steps = [*data.steps, *head_steps(opened, data.store, data.fields, joined)]
         opened.top.finish()
         outcomes = run_steps(
             opened,

@@ -1,6 +1,6 @@
 """The steps of a recipe from a source to a store: prepare, caption, extract. Imports no torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,9 @@ class Data:
 
     steps: list[Step]
     store: str
-    aliases: tuple[str, ...] | None
-    """Backbones that are extracted; None: the recipe extracts nothing."""
+    fields: dict[str, tuple[str, ...] | None] | None
+    """Backbone that is extracted -> the fields that are asked for, None: its pooled ones. None: the
+    recipe extracts nothing."""
 
 
 def data_steps(recipe: Recipe) -> Data:
@@ -93,8 +94,14 @@ def data_steps(recipe: Recipe) -> Data:
         step, source = _MAKERS[key](recipe, section, source, store)
         section.finish()
         steps.append(step)
-    aliases = tuple(steps[-1].settings["backbones"]) if "extract" in asked else None
-    return Data(steps, store, aliases)
+    return Data(steps, store, _fields(steps[-1].settings) if "extract" in asked else None)
+
+
+def _fields(settings: Mapping[str, Any]) -> dict[str, tuple[str, ...] | None]:
+    """Alias -> the fields that the settings of an extraction ask for."""
+    shared = settings.get("fields")
+    asked = {alias: one.get("fields", shared) for alias, one in settings["backbones"].items()}
+    return {alias: None if names is None else tuple(names) for alias, names in asked.items()}
 
 
 def read_place(node: Node, name: str, *, omit: tuple[str, ...] = ()) -> Source:

@@ -68,31 +68,46 @@ class Joined:
 
 
 def head_steps(
-    recipe: Recipe, store: str, aliases: Sequence[str] | None, joined: Joined
+    recipe: Recipe,
+    store: str,
+    fields: Mapping[str, Sequence[str] | None] | None,
+    joined: Joined,
 ) -> list[Step]:
     """The steps of a recipe after the store is filled, checked.
 
     Args:
         recipe: open.
         store: the store.
-        aliases: backbones that the recipe extracts into it; None: it extracts nothing.
+        fields: backbone that the recipe extracts into it -> the fields that it asks for, None: its
+            pooled ones. None: the recipe extracts nothing.
         joined: what `mmc.cli` joins.
 
     Raises:
         InputError: a key, a value or a name is wrong; with file and line.
     """
-    return _Heads(recipe, store, aliases, joined).steps()
+    return _Heads(recipe, store, fields, joined).steps()
+
+
+def _with_mask(field: str) -> tuple[str, ...]:
+    """A field, and what says which of its places are real."""
+    from mmc.heads.needs import MASKED, mask_of
+
+    return (field, mask_of(field)) if field in MASKED else (field,)
 
 
 class _Heads:
     """The steps of one recipe."""
 
     def __init__(
-        self, recipe: Recipe, store: str, aliases: Sequence[str] | None, joined: Joined
+        self,
+        recipe: Recipe,
+        store: str,
+        fields: Mapping[str, Sequence[str] | None] | None,
+        joined: Joined,
     ) -> None:
         self.recipe, self.store, self.joined = recipe, store, joined
-        self.extracted = aliases is not None
-        self.aliases = aliases
+        self.extracted = fields is not None
+        self.fields = dict(fields or {})
         self.runs: dict[str, str] = {}
         """Name -> folder, in order."""
 
@@ -128,7 +143,8 @@ class _Heads:
             from mmc.store import EmbeddingStore
 
             with located(node.where, "heads without `extract` read a store"):
-                self.aliases = EmbeddingStore.open(self.store).aliases
+                opened = EmbeddingStore.open(self.store)
+            self.fields = {alias: tuple(opened.record(alias).fields) for alias in opened.aliases}
         later = {name: entry.where for name, entry in entries}
         steps = []
         for name, entry in entries:
@@ -147,7 +163,7 @@ class _Heads:
     def _run(self, name: str, section: Section, later: Mapping[str, str]) -> Step:
         head = section.text("head") or name
         settings = section.node("set")
-        pairs = {} if settings is None else dict(Section(settings, "set").entries())
+        pairs = _settings(settings, f"{section.name}.set")
         config, values = section.config(TrainConfig, omit=("settings", "overwrite"), head=head)
         with located(section.where, section.name):
             entry = lookup(HEADS, head, kind="head", group=HEAD_GROUP)
@@ -207,16 +223,24 @@ class _Heads:
         """Backbones whose features are named.
 
         Raises:
-            InputError: one is not extracted.
+            InputError: one is not extracted, or not with that field and its mask.
         """
-        found = tuple(dict.fromkeys(item.rpartition("=")[2].partition("/")[0] for item in features))
-        for alias in found:
-            if self.aliases is not None and alias not in self.aliases:
-                raise InputError(
-                    f"features: no backbone is called {alias!r}; "
-                    f"{nearest(alias, list(self.aliases))}"
-                )
-        return found
+        found = {}
+        for item in features:
+            alias, _, field = item.rpartition("=")[2].partition("/")
+            if alias not in self.fields:
+                known = nearest(alias, list(self.fields))
+                raise InputError(f"features: no backbone is called {alias!r}; {known}")
+            found[alias] = None
+            asked = self.fields[alias]
+            if field and asked is not None:
+                lacking = [name for name in _with_mask(field) if name not in asked]
+                if lacking:
+                    raise InputError(
+                        f"features: {alias}/{field} needs {' and '.join(lacking)} among the fields "
+                        f"that {alias} is extracted with ({', '.join(asked)})"
+                    )
+        return tuple(found)
 
     def _base(self, node: Node, text: str, later: Mapping[str, str]) -> str:
         """The folder of the run that `boost` starts from: one of the recipe's, or any other."""
@@ -401,6 +425,10 @@ def best(runs: Mapping[str, str]) -> str:
     return runs[max(found, key=lambda name: found[name])]
 
 
+_UNSTEADY = ("created", "versions", "training", "recipe_sha256")
+"""Keys of run.json that nothing after the run depends on."""
+
+
 def _made(folder: str) -> str | None:
     """State of a run: another one where its weights, thresholds or metrics are; None: not whole."""
     try:
@@ -408,8 +436,7 @@ def _made(folder: str) -> str | None:
         size = (Path(folder) / "head.safetensors").stat().st_size
     except (OSError, ValueError):
         return None
-    # When it was made, and how long that took, is nothing that others depend on.
-    kept = {key: value for key, value in record.items() if key not in ("created", "versions")}
+    kept = {key: value for key, value in record.items() if key not in _UNSTEADY}
     text = json.dumps([kept, size], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -422,6 +449,14 @@ def _path_state_of(path: str) -> Callable[[], str]:
     return lambda: path_state(path)
 
 
+def _settings(node: Node | None, name: str) -> dict[str, Node]:
+    """What a ``set`` says; null leaves a setting as it is without it."""
+    if node is None:
+        return {}
+    entries = Section(node, name).entries()
+    return {key: one for key, one in entries if one.value is not None}
+
+
 def _written(node: Node, name: str) -> str:
     """A setting as ``--set`` takes it."""
     value = node.plain()
@@ -429,9 +464,7 @@ def _written(node: Node, name: str) -> str:
         raise InputError(f"{node.where}: {name} holds keys; write {name}.KEY: VALUE in one line")
     if isinstance(value, list):
         return ",".join(map(str, value))
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _check_settings(
