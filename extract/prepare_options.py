@@ -25,7 +25,7 @@ class PrepareConfig:
     """At most so many samples in a tar (csv: in a folder of images); the tars of a split differ by
     one sample at most."""
     overwrite: bool = False
-    """Replace what was prepared there before from other data or with other settings."""
+    """Replace what was prepared there before, of whatever data and with whatever settings."""
     workers: int | None = None
     """Threads that decode and encode; default: one per core."""
     max_pixels: int = 89_478_485

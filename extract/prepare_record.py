@@ -90,8 +90,9 @@ def claim(
         InputError: it holds something else.
     """
     found = read_record(files)
-    if found is not None and found["recipe"] != recipe["recipe"]:
-        if not config.overwrite:
+    same = found is not None and found["recipe"] == recipe["recipe"]
+    if found is not None and (not same or config.overwrite):
+        if not same and not config.overwrite:
             raise InputError(
                 f"{files.root} was prepared {_difference(found, recipe)}; give --overwrite to"
                 " replace it, or name another folder"

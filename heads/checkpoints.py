@@ -104,8 +104,9 @@ def claimed(run: Path) -> Iterator[None]:
 
 
 def clear_run(folder: Path) -> None:
-    """Remove what a run consists of, its record first so that no half of it looks whole."""
-    for name in (RECORD, WEIGHTS, HISTORY, CARD, RECIPE):
+    """Remove what a run consists of, its record first so that no half of it looks whole, and its
+    weights last: without them a card looks like someone's own."""
+    for name in (RECORD, CARD, RECIPE, HISTORY, WEIGHTS):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 

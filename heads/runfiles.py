@@ -78,7 +78,8 @@ def check_output(path: str | Path) -> Path:
         others = sorted(p.name for p in folder.iterdir() if p.name not in ours)
         others = [name for name in others if not name.endswith(".partial")]
         # A README.md alone is someone's project, not a run.
-        if others or ((folder / CARD).exists() and not (folder / WEIGHTS).exists()):
+        alone = not ((folder / WEIGHTS).exists() or (folder / RECORD).exists())
+        if others or ((folder / CARD).exists() and alone):
             raise InputError(
                 f"{folder} holds other content ({(others or [CARD])[0]}); name a new folder"
             )

@@ -41,8 +41,8 @@ def parse(text: str, name: str) -> Node:
         InputError: not YAML, a key that is given twice or is no text, a value that is neither text
             nor a number; the message starts with ``name:line``.
     """
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         if root is None:
             raise InputError(f"{name} is empty")
@@ -53,8 +53,6 @@ def parse(text: str, name: str) -> Node:
         raise InputError(f"{name}{line}: not YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{name}: not YAML: {' '.join(str(error).split())}") from None
-    finally:
-        loader.dispose()
 
 
 class _Converter:
@@ -68,7 +66,7 @@ class _Converter:
     def value(self, node: Any, line: int) -> Any:
         """What a node holds. Anchors make one node stand at several places: convert it once."""
         if id(node) in self._open:
-            raise InputError(f"{self._name}:{line}: *{node.anchor or 'alias'} holds itself")
+            raise InputError(f"{self._name}:{line}: an alias stands inside what it means")
         if id(node) not in self._done:
             self._open.add(id(node))
             self._done[id(node)] = self._convert(node, line)
@@ -76,6 +74,8 @@ class _Converter:
         return self._done[id(node)]
 
     def _convert(self, node: Any, line: int) -> Any:
+        if not isinstance(node, yaml.ScalarNode) and node.tag not in _TAGS:
+            raise InputError(f"{self._name}:{line}: a recipe knows no tag {node.tag}")
         if isinstance(node, yaml.SequenceNode):
             return tuple(self._placed(child, child.start_mark.line + 1) for child in node.value)
         if isinstance(node, yaml.MappingNode):
@@ -118,6 +118,7 @@ class _Converter:
 
 
 _MERGE = "tag:yaml.org,2002:merge"
+_TAGS = ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
 
 
 def override(root: Node, pairs: Sequence[str]) -> Node:

@@ -107,8 +107,9 @@ def _run(
     asked = Made(settings=step.settings, inputs=inputs, owns=step.owns)
     same = before is not None and not _changes(step.settings, inputs, before)
     started = time.perf_counter()
-    # An unfinished one goes on; whatever else is there was made of something else.
-    replace = forced or (before is not None and (there is not None or not same))
+    # What was started with the same goes on; whatever else is there makes way.
+    goes_on = before is None or (same and before.output is None and there is None)
+    replace = forced or not goes_on
     record.start(step.name, asked)
     result = step.run(Start(replace=replace, forced=forced, report=report, progress=progress))
     seconds = time.perf_counter() - started
