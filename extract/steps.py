@@ -14,6 +14,7 @@ from mmc.extract.sources.prepared import RECIPE as PREPARED
 from mmc.extract.sources.read import check_source
 from mmc.extract.sources.state import source_state
 from mmc.store.chain import (
+    ABSENT,
     Node,
     Recipe,
     Result,
@@ -24,9 +25,8 @@ from mmc.store.chain import (
     located,
     path_state,
     store_state,
+    text_of,
 )
-from mmc.store.chain.section import text_of
-from mmc.store.chain.step import ABSENT
 from mmc.store.config import settable
 from mmc.store.errors import FingerprintMismatchError, InputError, NotAStoreError
 from mmc.store.schema import check_name

@@ -61,18 +61,27 @@ def nearest(key: str, names: Sequence[str]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
 
 
-def typed(config: type, key: str, value: Any, *, where: str) -> Any:
-    """``value`` as the type of the field ``key`` of ``config``; strings are converted.
+def typed(config: type, field: str, value: Any, *, where: str, key: str | None = None) -> Any:
+    """``value`` as the type of a field of ``config``; strings are converted.
+
+    Args:
+        config: a config's class.
+        field: name of the field.
+        value: for it.
+        where: for messages: what the setting is of.
+        key: what the user calls the field, where that differs.
 
     Raises:
         InputError: it is of another type.
     """
-    hint = typing.get_type_hints(config)[key]
+    hint = typing.get_type_hints(config)[field]
     try:
         return _convert(value, hint)
     except (TypeError, ValueError) as error:
         wanted = getattr(hint, "__name__", str(hint))
-        raise InputError(f"{where} setting {key}={value!r} is not {wanted}: {error}") from None
+        raise InputError(
+            f"{where} setting {key or field}={value!r} is not {wanted}: {error}"
+        ) from None
 
 
 def _convert(value: Any, hint: Any) -> Any:

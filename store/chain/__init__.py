@@ -6,13 +6,13 @@ remembers what was made of what, and decides which steps run.
 """
 
 from mmc.store.chain.document import Node
-from mmc.store.chain.recipe import KEPT, Recipe, open_recipe
+from mmc.store.chain.recipe import Recipe, open_recipe
 from mmc.store.chain.running import Outcome, run_steps
-from mmc.store.chain.section import Section, given, located
-from mmc.store.chain.step import Result, Start, Step, path_state, store_state
+from mmc.store.chain.section import Section, given, located, text_of
+from mmc.store.chain.step import ABSENT, Result, Start, Step, path_state, store_state
 
 __all__ = [
-    "KEPT",
+    "ABSENT",
     "Node",
     "Outcome",
     "Recipe",
@@ -26,4 +26,5 @@ __all__ = [
     "path_state",
     "run_steps",
     "store_state",
+    "text_of",
 ]

@@ -1,7 +1,6 @@
 """A recipe's file, the folder where its relative paths start, and the one that it writes to."""
 
 import contextlib
-import hashlib
 import os
 import shlex
 from collections.abc import Iterator, Sequence
@@ -14,9 +13,6 @@ from mmc.store.chain.section import Section
 from mmc.store.errors import InputError, MmcError, StoreLockedError
 from mmc.store.files import LocalFiles
 from mmc.store.locks import held
-
-KEPT = "recipe.yaml"
-"""Name of the copy that is kept in each run."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +31,6 @@ class Recipe:
     def path(self, name: str) -> str:
         """A path below ``out``."""
         return str(self.out / name)
-
-    @property
-    def digest(self) -> str:
-        """sha256 (hex) of the text that is kept."""
-        return hashlib.sha256(self.kept.encode()).hexdigest()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -91,7 +82,10 @@ def open_recipe(path: str | os.PathLike[str], pairs: Sequence[str] = ()) -> Iter
     root = override(parse(text, file.name), pairs)
     with contextlib.chdir(file.parent):
         top = Section(root, file.name)
-        out = Path(os.path.expanduser(top.text("out") or file.stem))
+        place = top.text("out") or file.stem
+        if "://" in place:
+            raise InputError(f"{file.name}: `out` is a folder of this machine, not {place}")
+        out = Path(os.path.expanduser(place))
         yield Recipe(file.name, top, out, _as_run(text, file, pairs))
 
 
@@ -100,4 +94,4 @@ def _as_run(text: str, file: Path, pairs: Sequence[str]) -> str:
     if not pairs:
         return text
     command = shlex.join(["mmc", "run", file.name, *(f"--set={pair}" for pair in pairs)])
-    return f"# as run: {command}\n{text}"
+    return "# as run: " + command.replace("\n", "\n# ") + f"\n{text}"

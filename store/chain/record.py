@@ -59,6 +59,10 @@ class Record:
         """The step of that name as it ran last; None: it never did."""
         return self._steps.get(name)
 
+    def owns(self, place: str) -> bool:
+        """Whether a step of this recipe has made this file or folder."""
+        return any(made.owns == place for made in self._steps.values())
+
     def start(self, name: str, made: Made) -> None:
         """A step begins."""
         self._steps[name] = made

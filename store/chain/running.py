@@ -77,8 +77,7 @@ def _check_force(steps: Sequence[Step], force: Collection[str]) -> None:
 
 def _check_ours(step: Step, record: Record) -> None:
     """Raises InputError where a step would write over what this recipe has not made."""
-    made = record.of(step.name)
-    if step.owns is None or (made is not None and made.owns == step.owns):
+    if step.owns is None or record.owns(step.owns):
         return
     empty = os.path.isdir(step.owns) and not os.listdir(step.owns)
     if os.path.exists(step.owns) and not empty:
@@ -108,7 +107,8 @@ def _run(
     same = before is not None and not _changes(step.settings, inputs, before)
     started = time.perf_counter()
     # What was started with the same goes on; whatever else is there makes way.
-    goes_on = before is None or (same and before.output is None and there is None)
+    unfinished = before is None or (same and before.output is None)
+    goes_on = unfinished and there is None
     replace = forced or not goes_on
     record.start(step.name, asked)
     result = step.run(Start(replace=replace, forced=forced, report=report, progress=progress))

@@ -106,7 +106,8 @@ class Section:
             if value == "":
                 raise InputError(f"{node.where}: {self.name}.{key} is empty; leave it out")
             value = [value] if field in whole and isinstance(value, str) else value
-            values[field] = typed(config, field, value, where=f"{node.where}: {self.name}")
+            where = f"{node.where}: {self.name}"
+            values[field] = typed(config, field, value, where=where, key=key)
             places[field] = node.where, key
         try:
             return config(**fixed, **values), values

@@ -41,6 +41,7 @@ def test_the_commands():
         "neighbors",
         "predict",
         "prepare",
+        "run",
         "train-head",
         "verify",
     ]

@@ -196,6 +196,21 @@ def test_what_others_made_is_never_written_over(mmc: Callable, folder, trained):
     assert (folder / "theirs.csv").read_text(encoding="utf-8") == "precious"
 
 
+def test_predictions_may_be_several_in_any_order(mmc: Callable, folder):
+    several = "predict:\n  - {out: predictions.csv}\n  - {out: all.csv, split: all, run: best}\n"
+    text = (folder / "r.yaml").read_text(encoding="utf-8")
+    (folder / "r.yaml").write_text(text.split("predict:")[0] + several, encoding="utf-8")
+    result = mmc("run", folder / "r.yaml", "--json")
+    assert result.code == 0, result.err
+    assert states(result)["predict all.csv"] == "ran"
+    assert (folder / "all.csv").read_text(encoding="utf-8").count("\n") == 101
+    first, second = several.splitlines()[1:]
+    edit(folder, f"{first}\n{second}", f"{second}\n{first}")
+    steps = states(mmc("run", folder / "r.yaml", "--json"))
+    assert list(steps)[-2:] == ["predict all.csv", "predict predictions.csv"]
+    assert set(steps.values()) == {"unchanged"}
+
+
 def test_two_recipes_do_not_share_a_folder(mmc: Callable, folder):
     shutil.copy(folder / "r.yaml", folder / "other.yaml")
     result = mmc("run", folder / "other.yaml", "--set", "out=r")
@@ -235,7 +250,7 @@ def test_killed_in_a_training_it_goes_on_there_and_no_second_one_starts_meanwhil
 LONG = """\
   third:
     head: linear
-    epochs: 1500
+    epochs: 600
     set: {optim.patience: 0, optim.checkpoint_seconds: 0}
 compare:"""
 
@@ -286,7 +301,7 @@ evaluate: {{runs: better}}
     store = EmbeddingStore.open(tmp_path / "chain" / "store")
     assert len(store) == 80
     assert " and " in store.column("text")[0].as_py()
-    assert (tmp_path / "chain" / "predict.csv").read_text(encoding="utf-8").count("\n") == 21
+    assert (tmp_path / "chain" / "predictions.csv").read_text(encoding="utf-8").count("\n") == 21
     assert set(states(mmc("run", recipe, "--json")).values()) == {"unchanged"}
     first = ("--set", "heads.first.epochs=2")
     again = states(mmc("run", recipe, *first, "--json"))
@@ -348,7 +363,7 @@ BAD = [
     ("source: set", "source: {task: binary}", ":2: source has no `path`"),
     ("source: set\n", "", ":2: extract needs a `source`"),
     ("run: best", "run: secnd", ":17: predict.run: there is no run 'secnd'; did you mean second?"),
-    ("run: best", "format: kagle", ":17: predict setting form='kagle' is not"),
+    ("run: best", "format: kagle", ":17: predict setting format='kagle' is not"),
     ("out: predictions.csv", "labels: new.txt", "predict.labels: there is no file new.txt"),
     ("compare:", "compair:", ":15: r.yaml has no key 'compair'; did you mean compare?"),
     ("compare:", "compare: {runs: [linear, thrid]}", ":15: compare.runs: there is no run 'thrid'"),
