@@ -28,7 +28,7 @@ heads:
     epochs: 2
   second:
     head: mlp
-    epochs: 2
+    epochs: 20
     set:
       head.hidden: 8
 compare:
