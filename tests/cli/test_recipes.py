@@ -28,7 +28,7 @@ heads:
     epochs: 2
   second:
     head: mlp
-    epochs: 20
+    epochs: 2
     set:
       head.hidden: 8
 compare:
@@ -197,17 +197,17 @@ def test_what_others_made_is_never_written_over(mmc: Callable, folder, trained):
 
 
 def test_predictions_may_be_several_in_any_order(mmc: Callable, folder):
-    several = "predict:\n  - {out: predictions.csv}\n  - {out: all.csv, split: all, run: best}\n"
+    several = "predict:\n  - {out: predictions.csv}\n  - {out: scores.csv, scores: true, run: best}\n"
     text = (folder / "r.yaml").read_text(encoding="utf-8")
     (folder / "r.yaml").write_text(text.split("predict:")[0] + several, encoding="utf-8")
     result = mmc("run", folder / "r.yaml", "--json")
     assert result.code == 0, result.err
-    assert states(result)["predict all.csv"] == "ran"
-    assert (folder / "all.csv").read_text(encoding="utf-8").count("\n") == 101
+    assert states(result)["predict scores.csv"] == "ran"
+    assert "score:red" in (folder / "scores.csv").read_text(encoding="utf-8")
     first, second = several.splitlines()[1:]
     edit(folder, f"{first}\n{second}", f"{second}\n{first}")
     steps = states(mmc("run", folder / "r.yaml", "--json"))
-    assert list(steps)[-2:] == ["predict all.csv", "predict predictions.csv"]
+    assert list(steps)[-2:] == ["predict scores.csv", "predict predictions.csv"]
     assert set(steps.values()) == {"unchanged"}
 
 
