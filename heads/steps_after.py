@@ -118,15 +118,27 @@ class Readers:
     def _compare(self, section: Section) -> Step:
         names = self._chosen(section, "runs", known=[*self.runs]) or list(self.runs)
         out = section.text("out") or self.recipe.path("compare.csv")
+        split = section.text("split")
         section.finish()
 
         def run(start: Start) -> Result:
-            from mmc.heads.comparing import compare
+            from mmc.heads.compare import compare, comparison_csv, format_comparison
+            from mmc.heads.runfiles import write_atomic
+            from mmc.store import EmbeddingStore
 
-            found = compare(self._folders(names), out)
-            return Result(text=str(found), data=found.rows)
+            paths = [Path(folder) for folder in self._folders(names)]
+            if split is None:
+                found = compare(paths, report=start.report)
+            else:
+                opened = EmbeddingStore.open(self.store)
+                found = compare(paths, store=opened, split=split, report=start.report)
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(Path(out), comparison_csv(found))
+            return Result(text=format_comparison(found), data=found.to_json())
 
-        return self._reader("compare", "compare", {"runs": names}, names, out, run)
+        settings = {"runs": names} if split is None else {"runs": names, "split": split}
+        inputs = {} if split is None else {"the store": lambda: store_state(self.store, None)}
+        return self._reader("compare", "compare", settings, names, out, run, inputs)
 
     def _evaluate(self, section: Section) -> Step:
         names = self._chosen(section, "runs", known=[*self.runs, BEST]) or list(self.runs)

@@ -197,7 +197,9 @@ def test_what_others_made_is_never_written_over(mmc: Callable, folder, trained):
 
 
 def test_predictions_may_be_several_in_any_order(mmc: Callable, folder):
-    several = "predict:\n  - {out: predictions.csv}\n  - {out: scores.csv, scores: true, run: best}\n"
+    several = (
+        "predict:\n  - {out: predictions.csv}\n  - {out: scores.csv, scores: true, run: best}\n"
+    )
     text = (folder / "r.yaml").read_text(encoding="utf-8")
     (folder / "r.yaml").write_text(text.split("predict:")[0] + several, encoding="utf-8")
     result = mmc("run", folder / "r.yaml", "--json")
