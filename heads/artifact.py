@@ -262,7 +262,7 @@ class Run:
         recipe = None if text is None else hashlib.sha256(text.encode()).hexdigest()
         return {
             "format": FORMAT,
-**{key: getattr(self, key) for key in (*PLAIN_KEYS, *OPTIONAL_KEYS)},
+            **{key: getattr(self, key) for key in (*PLAIN_KEYS, *OPTIONAL_KEYS)},
             **({"recipe_sha256": recipe} if recipe else {}),
             "features": {role: asdict(ref) for role, ref in self.features.items()},
             "label_set": list(self.label_set),
