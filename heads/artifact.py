@@ -22,7 +22,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from mmc.heads.featureref import FeatureRef
+from mmc.heads.featureref import ARRAYS, NO_BACKBONE, FeatureRef
 from mmc.heads.models import GROUP, HEADS
 from mmc.heads.models.base import Head
 from mmc.heads.runfiles import (
@@ -98,6 +98,11 @@ class Run:
     def parameters(self) -> int:
         """Numbers in the head's state."""
         return sum(tensor.numel() for tensor in self.state.values())
+
+    @property
+    def from_arrays(self) -> bool:
+        """Whether it was trained on arrays in memory, of which nobody knows how they were made."""
+        return any(ref.identity == ARRAYS for ref in self.features.values())
 
     def save(self, path: str | Path) -> "Run":
         """Write the run into ``path``; each file whole or not at all, ``run.json`` last.
@@ -240,7 +245,12 @@ class Run:
         """What to extract before predicting on a raw source: one dictionary per alias.
 
         Keys: alias, fields (of that backbone), fingerprint, identity, context.
+
+        Raises:
+            InputError: it was trained on arrays.
         """
+        if self.from_arrays:
+            raise InputError(NO_BACKBONE)
         by_alias: dict[str, dict[str, Any]] = {}
         for ref in self.features.values():
             entry = by_alias.setdefault(

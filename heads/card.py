@@ -228,6 +228,8 @@ def _data(run: "Run") -> str:
         )
     for split, metrics in run.metrics.items():
         lines.append(f"- measured on {split}: {metrics['samples']:,} labelled samples")
+    if run.from_arrays:
+        return "\n".join([*lines, "- features: arrays, of which nothing more is known"])
     for entry in run.recipe():
         spec = entry["context"].get("spec", "unknown backbone")
         fields = ", ".join(f"`{entry['alias']}/{name}`" for name in entry["fields"])
@@ -236,6 +238,8 @@ def _data(run: "Run") -> str:
 
 
 def _use(run: "Run") -> str:
+    if run.from_arrays:
+        return _use_arrays(run)
     path = shlex.quote(run.path.name) if run.path else "RUN"
     scores = "" if run.source.get("form") == "hateful-memes" else " --scores"
     measured = list(run.metrics)[-1] if run.metrics else "val"
@@ -258,6 +262,21 @@ run = Run.load({json.dumps(run.path.name if run.path else "RUN")})
 store = EmbeddingStore.open("my.store")
 predictions = predict(run, store)   # .ids, .probabilities (n, labels), .decisions; run.label_set
 ```"""
+
+
+def _use_arrays(run: "Run") -> str:
+    shapes = {ref.field: ("n", *ref.shape) for ref in run.features.values()}
+    inputs = ", ".join(f"`{name}` ({', '.join(map(str, s))})" for name, s in shapes.items())
+    return f"""## How to use it
+
+```python
+from mmc.heads import HeadClassifier
+
+classifier = HeadClassifier.load({json.dumps(run.path.name if run.path else "RUN")})
+y = classifier.predict(X)   # also predict_proba, decision_function
+```
+
+X is what it was fitted on: {inputs}."""
 
 
 def _decisions(run: "Run") -> str:
@@ -308,10 +327,15 @@ def _temperature(run: "Run") -> str:
 
 
 def _limits(run: "Run") -> str:
+    reads = (
+        "- It cannot tell whether arrays were made as those that it was trained on."
+        if run.from_arrays
+        else "- It reads only features with the fingerprints above, and refuses others."
+    )
     lines = [
         "## Limits",
         "",
-        "- It reads only features with the fingerprints above, and refuses others.",
+        reads,
         "- It knows only the labels of its label set, in the sense that the training data gave "
         "them; data from elsewhere can look different, and the figures above do not cover that.",
     ]

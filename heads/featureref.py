@@ -10,6 +10,13 @@ from mmc.store.schema import difference
 if TYPE_CHECKING:
     from mmc.store import EmbeddingStore
 
+ARRAYS = {"source": "arrays"}
+"""Identity of features that were given as arrays: nothing is known of how they were made."""
+NO_BACKBONE = (
+    "the run was trained on arrays, not on features of a store; predict on arrays: "
+    "mmc.heads.HeadClassifier.load(RUN).predict(X)"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureRef:
@@ -59,6 +66,9 @@ class FeatureRef:
             InputError: the store has no such feature.
             FingerprintMismatchError: it has one of that name, made differently.
         """
+        identities = [store.provenance(alias).identity for alias in store.aliases]
+        if self.identity == ARRAYS and ARRAYS not in identities:
+            raise InputError(NO_BACKBONE)
         same: list[str] = [
             name
             for name in store.features

@@ -23,10 +23,11 @@ def also_in_train(
     """How many of ``rows`` have a content (by its hash) that a row of ``train`` has.
 
     Only contents that the features are made from count: image, text, and both of them in one and
-    the same training row. Ids need no comparison: a store holds each once.
+    the same training row. Ids need no comparison: a store holds each once. Nothing is known of what
+    arrays in memory were made from.
     """
     towers = dict.fromkeys(store[name].tower for name in features)
-    contents = [c for c in ("image", "text") if any(c in TOWER_CONTENT[t] for t in towers)]
+    contents = [c for c in ("image", "text") if any(c in TOWER_CONTENT.get(t, ()) for t in towers)]
     keys = {content: store.column(f"{content}_key").combine_chunks() for content in contents}
     if len(contents) == 2:
         keys[BOTH] = pc.binary_join_element_wise(*keys.values(), " ")

@@ -122,13 +122,13 @@ def _train_into(
             else "interrupted before the first checkpoint; nothing is kept"
         )
         raise
-    for line in [*_stage_lines(position), *position.notes]:
+    for line in [*stage_lines(position), *position.notes]:
         report(line)
     run = setup.run(head, position)
     run.recipe_text = recipe
     measured = setup.measure(run)
     seconds = time.perf_counter() - started
-    run.training = _effort(setup, position, seconds)
+    run.training = effort(setup, position, seconds)
     run.save(folder)
     checkpoints.remove()
     report(f"the run is in {folder}; its README.md says how good it is and how to use it")
@@ -148,7 +148,7 @@ def _train_into(
     )
 
 
-def _effort(setup: Setup, position: Position, seconds: float) -> dict[str, Any]:
+def effort(setup: Setup, position: Position, seconds: float) -> dict[str, Any]:
     """`Run.training`."""
     stepping = position.train_seconds
     return {
@@ -163,7 +163,7 @@ def _effort(setup: Setup, position: Position, seconds: float) -> dict[str, Any]:
     }
 
 
-def _stage_lines(position: Position) -> list[str]:
+def stage_lines(position: Position) -> list[str]:
     """What each stage reached, one line each."""
     lines = []
     for stage in dict.fromkeys(row["stage"] for row in position.history):

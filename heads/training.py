@@ -126,7 +126,7 @@ class Setup:
         self,
         head: Head,
         loss: Loss,
-        checkpoints: Checkpoints,
+        checkpoints: Checkpoints | None,
         place: memory.Plan,
         progress: Progress,
     ) -> Position:
@@ -260,8 +260,11 @@ class Setup:
 
     def _counts(self) -> tuple[Tensor, Tensor]:
         """Training rows that have each label, and those for which it is known, (C,) each."""
-        positives = torch.from_numpy(self.store.labels.counts(self.splits.train)).double()
-        return positives, torch.full_like(positives, float(len(self.splits.train)))
+        labels, rows = self.store.labels, self.splits.train
+        return (
+            torch.from_numpy(labels.counts(rows)).double(),
+            torch.from_numpy(labels.known_counts(rows)).double(),
+        )
 
     def _label_rows(self) -> tuple[Tensor, Tensor]:
         """Labels of the training rows, as (indptr (n + 1,), indices), int64."""

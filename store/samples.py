@@ -369,3 +369,8 @@ class Labels:
         """(C,) how many of ``rows`` (all when None) have each label."""
         _, indices, _ = self._flat(rows)
         return np.bincount(indices, minlength=self.num_labels).astype(np.int64)
+
+    def known_counts(self, rows: npt.ArrayLike | None = None) -> npt.NDArray[np.int64]:
+        """(C,) for how many of ``rows`` (all when None) each label is known."""
+        known = self.known if rows is None else self.known[np.asarray(rows, np.int64)]
+        return np.full(self.num_labels, known.sum(), np.int64)
