@@ -224,15 +224,16 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         Args:
             X, y: as in `fit`.
             sample_weight: (n,).
-            rows: of a store; default: the labelled ones of its test split, or of all where it has
-                no test split.
+            rows: of a store; default: those of its test split (of all, where it has none) that have
+                labels and features.
         """
         check_is_fitted(self)
         if isinstance(X, EmbeddingStore):
             if y is not None:
                 raise InputError("labels come from the store: leave out y")
             if rows is None:
-                rows = X.rows(split=default_split(X), labelled=True)
+                read = list(self.run_.resolve_features(X).values())
+                rows = X.rows(split=default_split(X), features=read, labelled=True)
             chosen = np.asarray(rows, np.int64)
             decisions = self._predictions(X, chosen).decisions.numpy()
             truth = aligned_targets(self.run_, X, chosen).numpy()

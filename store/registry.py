@@ -44,16 +44,23 @@ def lookup(table: Sequence[Entry], name: str, *, kind: str, group: str) -> Entry
     Raises:
         InputError: no such name; the message gives the nearest names, or all of them.
     """
-    known = entries(table, group)
-    for entry in known:
-        if entry.name == name:
-            return entry
+    found = _named(table, name)
+    if found is None:
+        # Finding entry points reads a file of every installed package.
+        known = entries(table, group)
+        found = _named(known, name)
+    if found is not None:
+        return found
     names = [entry.name for entry in known]
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"choose from: {', '.join(names)}"
     raise InputError(
         f"unknown {kind} {name!r}; {hint} (see `mmc list {group.removeprefix('mmc.')}`)"
     )
+
+
+def _named(known: Sequence[Entry], name: str) -> Entry | None:
+    return next((entry for entry in known if entry.name == name), None)
 
 
 def load(entry: Entry) -> Any:
