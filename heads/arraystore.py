@@ -12,14 +12,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mmc.heads.artifact import Run
-from mmc.heads.featureref import ARRAYS
+from mmc.heads.featureref import ARRAYS, ARRAYS_ALIAS
 from mmc.heads.fields import Array, Fields
 from mmc.store.errors import InputError
 from mmc.store.samples import Labels
 from mmc.store.schema import DONE, Provenance
 
-ALIAS = "arrays"
-"""Alias of fields that were given without one."""
 PROVENANCE = Provenance(identity=ARRAYS, context={"spec": "arrays"})
 """Who made an array is not known."""
 
@@ -29,7 +27,7 @@ Rows = npt.NDArray[np.int64]
 class ArrayFeature:
     """One array, (n, ...), in the manner of :class:`mmc.store.Feature`."""
 
-    tower = ALIAS
+    tower = "array"
     """None of a store's: what the array was made from is not known."""
 
     def __init__(self, name: str, values: Array) -> None:
@@ -185,7 +183,7 @@ def fields_of(run: Run, fields: Fields) -> Fields:
     Raises:
         InputError: one is not there, or has another shape.
     """
-    shapes = {ref.feature.removeprefix(f"{ALIAS}/"): ref.shape for ref in run.features.values()}
+    shapes = {ref.given_name: ref.shape for ref in run.features.values()}
     found = Fields({name: fields[name] for name in shapes})
     for name, values in found.items():
         if values.shape[1:] != shapes[name]:
@@ -198,4 +196,4 @@ def fields_of(run: Run, fields: Fields) -> Fields:
 
 def _full_name(name: str) -> str:
     """``image`` -> ``arrays/image``; ``clip/image`` stays."""
-    return name if "/" in name else f"{ALIAS}/{name}"
+    return name if "/" in name else f"{ARRAYS_ALIAS}/{name}"

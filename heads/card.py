@@ -265,7 +265,7 @@ predictions = predict(run, store)   # .ids, .probabilities (n, labels), .decisio
 
 
 def _use_arrays(run: "Run") -> str:
-    shapes = {ref.field: ("n", *ref.shape) for ref in run.features.values()}
+    shapes = {ref.given_name: ("n", *ref.shape) for ref in run.features.values()}
     inputs = ", ".join(f"`{name}` ({', '.join(map(str, s))})" for name, s in shapes.items())
     return f"""## How to use it
 

@@ -378,7 +378,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
             if isinstance(X, Fields):
                 X = fields_of(run, X)
             elif [*run.features] != [FIELD]:
-                read = ", ".join(ref.feature for ref in run.features.values())
+                read = ", ".join(ref.given_name for ref in run.features.values())
                 raise InputError(f"X must be a dictionary of arrays, as it was when fitted: {read}")
             store = ArrayStore(self._fields(X, first=False))
         chosen = None if rows is None else np.asarray(rows, np.int64)

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 ARRAYS = {"source": "arrays"}
 """Identity of features that were given as arrays: nothing is known of how they were made."""
+ARRAYS_ALIAS = "arrays"
+"""Alias of arrays that were given without one."""
 NO_BACKBONE = (
     "the run was trained on arrays, not on features of a store; predict on arrays: "
     "mmc.heads.HeadClassifier.load(RUN).predict(X)"
@@ -51,6 +53,11 @@ class FeatureRef:
             shape=tuple(int(n) for n in stored.shape[1:]),
             dtype=str(stored.dtype),
         )
+
+    @property
+    def given_name(self) -> str:
+        """What an array was called when it was given."""
+        return self.feature.removeprefix(f"{ARRAYS_ALIAS}/")
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "FeatureRef":

@@ -21,6 +21,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from mmc.heads import Fields, HeadClassifier
 from mmc.heads.artifact import Run
+from mmc.heads.card import render
 from mmc.heads.options import TrainConfig
 from mmc.heads.predict import predict
 from mmc.heads.trainer import train
@@ -301,6 +302,7 @@ def test_a_head_reads_the_features_that_are_named():
     both = {"a/image": X["image"], "b/image": X["text"], "flag": np.arange(100)}
     classifier = HeadClassifier(**QUICK).fit(both, y)
     assert set(classifier.run_.features) == {"a.image", "b.image"}
+    assert "`a/image` (n, 6), `b/image` (n, 6)" in render(classifier.run_)
     del both["flag"]
     assert classifier.predict(both).shape == (100,)
     one = HeadClassifier(features=("own=text",), **QUICK).fit(X, y)
@@ -407,7 +409,9 @@ def test_what_does_not_go_with_what_was_fitted():
         fitted.predict(GOOD, rows=[0])
     both = HeadClassifier(**QUICK).fit({"image": GOOD, "text": GOOD}, BINARY)
     assert not hasattr(both, "n_features_in_")
-    with pytest.raises(ValueError, match="must be a dictionary of arrays"):
+    with pytest.raises(
+        ValueError, match="a dictionary of arrays, as it was when fitted: image, text"
+    ):
         both.predict(GOOD)
     with pytest.raises(ValueError, match="X has no 'text'"):
         both.predict({"image": GOOD})
