@@ -3,6 +3,7 @@
 Legend: n samples, C labels, D values.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from mmc.heads.options import PredictConfig, TrainConfig
 from mmc.heads.parameters import config_of, nested, params_of, split_nested
 from mmc.heads.predict import Predictions, aligned_targets, default_split, predict
 from mmc.heads.storerows import StoreRows
-from mmc.heads.trainer import stage_lines
+from mmc.heads.trainer import effort, stage_lines
 from mmc.heads.training import Setup
 from mmc.store import EmbeddingStore
 from mmc.store.errors import InputError, RowsNotDoneError
@@ -206,6 +207,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         cuts = np.clip(cuts, np.finfo(np.float64).tiny, 1 - np.finfo(np.float64).eps)
         cuts = np.log(cuts) - np.log1p(-cuts)
         odds = logits[:, 1:] - logits[:, :1] if run.task == "binary" else logits
+        odds = odds / run.temperature
         above: npt.NDArray[np.float64] = odds - cuts
         return above[:, 0] if run.task == "binary" else above
 
@@ -347,6 +349,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
 
     def _train(self, store: Any, config: TrainConfig) -> Run:
         """What `mmc.heads.trainer.train` does, without a folder."""
+        started = time.perf_counter()
         say: Callable[[str], None] = print if self.verbose else lambda line: None
         setup = Setup(store, config)
         for line in setup.splits.notes:
@@ -360,6 +363,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
             say(line)
         run = setup.run(head, position)
         setup.measure(run)
+        run.training = effort(setup, position, time.perf_counter() - started)
         return run
 
     def _predictions(self, X: Any, rows: npt.ArrayLike | None) -> Predictions:
