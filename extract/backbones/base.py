@@ -95,7 +95,7 @@ class Backbone(Protocol):
         """
 
     def encode_text(self, tokens: TokenBatch, fields: Sequence[str]) -> dict[str, Tensor]:
-        """``fields`` of tokenized texts: float32 (bool for masks), (B, ...) each.
+        """``fields`` of tokenized texts: float32 (bool masks, int32 ids), (B, ...) each.
 
         A token field holds zeros where its mask is False.
         """
@@ -145,13 +145,19 @@ def check_fields(fields: Sequence[str], known: Mapping[str, FieldSpec], tower: s
 _IMAGE_FIELDS = ("image", "region", "boxes")
 _FUSED_FIELDS = ("fused", "itm")
 # float16 would move a box by half a pixel of a thousand.
-_DTYPES = {"boxes": "float32", "region_classes": "int16", "image_places": "int16"}
+_DTYPES = {
+    "boxes": "float32",
+    "region_classes": "int16",
+    "image_places": "int16",
+    "text_ids": "int32",
+}
 
 
 def field_table(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, FieldSpec]:
     """Field specs from shapes per sample; towers and dtypes by name.
 
-    Masks are bool, classes of regions and places of tiles int16, boxes float32, the rest float16.
+    Masks are bool, classes of regions and places of tiles int16, token ids int32, boxes float32,
+    the rest float16.
     What begins with ``image``, ``region`` or ``boxes`` is of the image tower, with ``fused`` or
     ``itm`` of the fused one, anything else of the text tower.
     """

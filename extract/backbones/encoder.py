@@ -7,7 +7,7 @@ Shapes: B samples, T tokens, P patches, D features of the shared space, Dv and D
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,9 +110,11 @@ class Encoder:
 
     @torch.no_grad()
     def encode_text(self, tokens: TokenBatch, fields: Sequence[str]) -> dict[str, Tensor]:
-        """``text`` (B, D), ``text_tokens`` (B, T, Dt) float32 and ``text_mask`` (B, T) bool."""
+        """``text`` (B, D), ``text_tokens`` (B, T, Dt) float32, ``text_mask`` (B, T) bool, and
+        ``text_ids`` (B, T) int32; for the last two alone the network does not run.
+        """
         check_fields(fields, self.fields, "text")
-        found = self._text_fields(tokens, states_wanted="text_tokens" in fields)
+        found = self._text_fields(tokens, fields)
         return {name: found[name] for name in fields}
 
     @torch.no_grad()
@@ -140,22 +142,21 @@ class Encoder:
         inputs = self._normalize(pixels.to(self._device, non_blocking=True), self._dtype)
         return self._image.forward(inputs)
 
-    def _text_fields(self, tokens: TokenBatch, states_wanted: bool) -> dict[str, Tensor]:
+    def _text_fields(self, tokens: TokenBatch, wanted: Collection[str]) -> dict[str, Tensor]:
+        """The wanted fields, and others that cost nothing beside them."""
         assert self._text is not None
-        ids = tokens.cut().to(self._device, non_blocking=True)
         lengths = tokens.lengths.to(self._device, non_blocking=True)
-        pooled, states = self._text.forward(ids, lengths)
+        mask = torch.arange(self._text.length, device=self._device) < lengths[:, None]
+        ids = tokens.ids[:, : self._text.length].to(self._device, torch.int32)
+        read = {"text_mask": mask, "text_ids": ids.masked_fill(~mask, 0)}
+        if read.keys() >= set(wanted):
+            return read
+        seen = tokens.cut().to(self._device, non_blocking=True)
+        pooled, states = self._text.forward(seen, lengths)
         found = {"text": pooled.float()}
-        if states is None:
-            return found
-        if states_wanted:
-            found["text_tokens"], found["text_mask"] = masked_tokens(
-                states, lengths, self._text.length
-            )
-        else:
-            columns = torch.arange(self._text.length, device=self._device)
-            found["text_mask"] = columns < lengths[:, None]
-        return found
+        if states is not None and "text_tokens" in wanted:
+            found["text_tokens"], _ = masked_tokens(states, lengths, self._text.length)
+        return found | read
 
     def _fused_fields(self, image: Mapping[str, Tensor], tokens: TokenBatch) -> dict[str, Tensor]:
         assert self._fused is not None
@@ -178,7 +179,7 @@ class Encoder:
             found |= self._image_fields(gray)
         if self._text is not None:
             empty = self._text.tokenize([""])
-            found |= self._text_fields(empty, states_wanted=True)
+            found |= self._text_fields(empty, ("text", "text_tokens"))
             if self._fused is not None:
                 found |= self._fused_fields(found, empty)
         return {name: tuple(array.shape[1:]) for name, array in found.items()}

@@ -1,5 +1,6 @@
 """One suite over every family in the table, and what the spec strings accept."""
 
+import dataclasses
 import json
 import sys
 import textwrap
@@ -186,7 +187,7 @@ def test_fields_are_what_is_promised(case: str, loaded: Callable[..., Backbone])
     for name, array in found.items():
         spec = backbone.fields[name]
         assert array.shape[1:] == spec.shape
-        kinds = {"bool": torch.bool, "int16": torch.int16}
+        kinds = {"bool": torch.bool, "int16": torch.int16, "int32": torch.int32}
         assert array.dtype == kinds.get(spec.dtype, torch.float32)
         assert not array.requires_grad
         if array.dtype == torch.float32:
@@ -259,8 +260,31 @@ def test_masks_say_which_tokens_are_real(case: str, loaded: Callable[..., Backbo
     assert torch.equal(found["text_mask"].sum(1), lengths)
     assert (found["text_tokens"][~found["text_mask"]] == 0).all()
     assert (found["text_tokens"][found["text_mask"]].abs().amax(1) > 0).all()
-    only_mask = backbone.encode_text(backbone.tokenize(TEXTS), ["text_mask"])
-    assert torch.equal(only_mask["text_mask"], found["text_mask"])
+    assert found["text_ids"].dtype == torch.int32
+    assert (found["text_ids"][~found["text_mask"]] == 0).all()
+    tokens = backbone.tokenize(TEXTS)
+    for row, length in enumerate(lengths.tolist()):
+        assert torch.equal(found["text_ids"][row, :length].long(), tokens.ids[row, :length])
+
+
+def test_ids_and_masks_alone_need_no_pass_through_the_network(
+    case: str, loaded: Callable[..., Backbone], monkeypatch: Any
+):
+    backbone = loaded(case)
+    if "text_mask" not in backbone.fields:
+        return
+    found = everything(backbone)
+
+    def never(*inputs: Any) -> Any:
+        raise AssertionError("the network ran")
+
+    encoder = getattr(backbone, "_backbone", backbone)  # within a pyramid
+    monkeypatch.setattr(encoder, "_text", dataclasses.replace(encoder._text, forward=never))
+    cheap = backbone.encode_text(backbone.tokenize(TEXTS), ["text_ids", "text_mask"])
+    assert torch.equal(cheap["text_ids"], found["text_ids"])
+    assert torch.equal(cheap["text_mask"], found["text_mask"])
+    with pytest.raises(AssertionError, match="the network ran"):
+        backbone.encode_text(backbone.tokenize(TEXTS), ["text_ids", "text"])
 
 
 def test_unknown_fields_are_refused(case: str, loaded: Callable[..., Backbone]):
@@ -430,7 +454,7 @@ def test_field_table_knows_the_names_of_all_fields():
     towers = {
         "image": "image image_tokens image_class image_places regions boxes region_scores "
         "region_classes region_mask",
-        "text": "text text_tokens text_mask",
+        "text": "text text_ids text_tokens text_mask",
         "fused": "fused fused_tokens fused_mask itm",
     }
     names = {name: tower for tower, some in towers.items() for name in some.split()}
@@ -441,6 +465,7 @@ def test_field_table_knows_the_names_of_all_fields():
         **dict.fromkeys(("text_mask", "fused_mask", "region_mask"), "bool"),
         **dict.fromkeys(("region_classes", "image_places"), "int16"),
         "boxes": "float32",
+        "text_ids": "int32",
     }
 
 

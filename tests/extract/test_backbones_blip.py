@@ -338,6 +338,7 @@ def test_real_sizes(size: str, monkeypatch: Any):
         "image_class": (width,),
         "text": (256,),
         "text_tokens": (35, 768),
+        "text_ids": (35,),
         "text_mask": (35,),
         "fused": (768,),
         "fused_tokens": (35, 768),

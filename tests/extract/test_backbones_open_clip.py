@@ -437,7 +437,9 @@ for spec in ("open_clip:hf-hub:me/pictures", "hf:me/pairs"):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    fields = "['image', 'image_class', 'image_tokens', 'text', 'text_mask', 'text_tokens']"
+    fields = str(
+        ["image", "image_class", "image_tokens", "text", "text_ids", "text_mask", "text_tokens"]
+    )
     assert done.stdout.splitlines() == [
         f"open_clip:hf-hub:me/pictures {fields}",
         f"hf:me/pairs {fields}",

@@ -6,6 +6,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import transformers
 from PIL import Image
 from pipeline_case import Case, config
 from tiny_models import tiny_bert, tiny_blip, tiny_hf_siglip, tiny_open_clip
@@ -111,6 +112,25 @@ def test_a_text_encoder_leaves_pictures_alone(case, bert):
     store = EmbeddingStore.open(case.folder / "store")
     assert store.features == ("words/text",)
     assert store["words/text"].done.all()
+
+
+def test_token_ids_are_those_of_the_library(case, bert):
+    fields = ("text_ids", "text_mask")
+    case.extract(backbones=(bert,), names=("words",), fields=fields, max_text_tokens=9)
+    store = EmbeddingStore.open(case.folder / "store")
+    assert store.features == ("words/text_ids", "words/text_mask")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bert.partition(":")[2])
+    expected = tokenizer(
+        [row["text"] for row in case.rows],
+        padding="max_length",
+        truncation=True,
+        max_length=9,
+        return_tensors="np",
+    )
+    assert store["words/text_ids"].dtype == np.int32
+    np.testing.assert_array_equal(store["words/text_ids"][:], expected["input_ids"])
+    np.testing.assert_array_equal(store["words/text_mask"][:], expected["attention_mask"] > 0)
+    assert not expected["attention_mask"].all()
 
 
 def test_the_share_of_the_bare_forward_rate(case, clip, monkeypatch):
