@@ -30,7 +30,7 @@ from mmc.store.registry import load, lookup
 
 TIE = 1e-6
 """A stage must be better by more than this."""
-NOT_EMBEDDINGS = ("_mask", "_classes", "_scores")
+NOT_EMBEDDINGS = ("_mask", "_classes", "_scores", "_ids")
 """Endings of fields that hold one number per token or region, and are no embedding."""
 
 

@@ -18,7 +18,7 @@ from mmc.heads.models.inputs import FieldNorm, Normalize
 from mmc.heads.needs import EXTRA_OF, mask_of, sibling
 from mmc.store.errors import InputError
 
-NOT_TOKENS = ("boxes", "image_places", "region_scores", "region_classes")
+NOT_TOKENS = ("boxes", "image_places", "region_scores", "region_classes", "text_ids")
 
 PASS_FLOATS = 64 << 20
 """Numbers that a pass without gradients may hold at a time: 256 MiB in float32."""

@@ -2,13 +2,14 @@
 
 Lu et al. 2019, arXiv:1908.02265. `vilbert_trunk` has the network; this file has what surrounds it.
 
-The official network starts from token ids. A store with a field ``text_ids`` (int, (T,), with
-``text_mask``; WordPieces of uncased BERT) is read so, and then all that the official weights
-compute is computed. Without ids the states of a text backbone (``text_tokens``) stand where the
-word embeddings would: through a projection that starts as the identity where the widths agree,
-before the position embeddings, which then say again what the states know. With official weights
-the states of uncased BERT are the nearest to what the layers were trained on; the word embeddings
-of the file are not used, though it must have them.
+The official network starts from token ids, WordPieces of uncased BERT. A store that has them
+(``mmc extract ... --backbone hf:bert-base-uncased --fields text_ids,text_mask``, for which that
+network does not run) is read so, and then all that the official weights compute is computed.
+Without ids the states of a text backbone (``text_tokens``) stand where the word embeddings would:
+through a projection that starts as the identity where the widths agree, before the position
+embeddings, which then say again what the states know. With official weights the states of uncased
+BERT are the nearest to what the layers were trained on; the word embeddings of the file are not
+used, though it must have them.
 
 Shapes: B samples, R regions, T tokens, C labels.
 """
@@ -101,10 +102,7 @@ class Vilbert(Head):
         super().__init__(inputs, num_labels, config, label_text=label_text)
         self.roles = {role.rpartition(".")[2]: role for role in inputs}
         self.ids = "text_ids" in self.roles
-        states = {
-            role: shape for role, shape in inputs.items() if role != self.roles.get("text_ids")
-        }
-        self.tokens = TokenInputs(states, config.normalize)
+        self.tokens = TokenInputs(inputs, config.normalize)
         by_field = {source.field: source for source in self.tokens.sources}
         self.regions, self.states = by_field["regions"], by_field.get("text_tokens")
         self.text_mask = self.roles.get("text_mask")
@@ -131,9 +129,10 @@ class Vilbert(Head):
     def prepare(self, batch: Batch) -> Batch:
         prepared: Batch = self.tokens(batch)
         if self.ids:
-            ids_BT = batch[self.roles["text_ids"]].long()
+            ids_BT = prepared[self.roles["text_ids"]].long()
             if self.text_mask is not None:
-                ids_BT = ids_BT * batch[self.text_mask].bool()
+                ids_BT = ids_BT * prepared[self.text_mask]
+            self._check(ids_BT)
             prepared[self.roles["text_ids"]] = ids_BT
         return prepared
 
@@ -187,6 +186,20 @@ class Vilbert(Head):
         assert self.project is not None
         source = self._state_source()
         return self.project(prepared[source.role]), mask_for(source, prepared)
+
+    def _check(self, ids_BT: Tensor) -> None:
+        """Raise InputError where ids (B, T), zero behind the mask, are of another vocabulary."""
+        sizes: Sizes = self.config.sizes
+        fits = (ids_BT < sizes.vocabulary).all()
+        if self.config.weights:  # 0: a text of which nothing is there
+            first_B = ids_BT[:, 0]
+            fits &= ((first_B == sizes.start) | (first_B == 0)).all()
+        if not fits:
+            raise InputError(
+                f"{self.roles['text_ids']} are not ids of uncased BERT's WordPieces (whose texts "
+                f"begin with [CLS], {sizes.start}, and whose largest is {sizes.vocabulary - 1}): "
+                "extract them with hf:bert-base-uncased"
+            )
 
     def _state_source(self) -> Source:
         if self.states is None:

@@ -25,6 +25,8 @@ class Sizes:
     """Widths, layers and attention heads."""
 
     vocabulary: int = 30522
+    start: int = 101
+    """Id of [CLS], with which every text begins."""
     positions: int = 512
     segments: int = 2
     text_layers: int = 12

@@ -1,10 +1,13 @@
 """Heads of tokens from a store to predictions, and runs that score labels they never saw."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from mmc.heads.artifact import Run
+from mmc.heads.models.vilbert_trunk import Sizes
 from mmc.heads.newlabels import templates, text_recipe
 from mmc.heads.options import TrainConfig
 from mmc.heads.predict import logits, predict
@@ -81,6 +84,83 @@ def test_from_a_store_to_predictions(dual, tmp_path, head):
     found = predict(run, dual, rows)
     assert found.ok.all()
     torch.testing.assert_close(found.logits, logits(run, dual, rows).cpu())
+
+
+@pytest.fixture
+def read_and_seen(make_store):
+    """Regions of a detector and token ids; only both together tell the class."""
+    store: EmbeddingStore = make_store("binary", n=480, failed=(), unlabelled=())
+    n, random = len(store), np.random.default_rng(0)
+    truth = store.labels.multi_hot()[:, 1] > 0
+    sign = random.integers(0, 2, n) * 2 - 1
+    regions = random.normal(0, 0.2, (n, 3, 6))
+    regions[np.arange(n), random.integers(0, 3, n), 0] += 2 * sign
+    ids = random.integers(20, 30, (n, 5))
+    ids[:, 0] = 2
+    ids[np.arange(n), random.integers(1, 4, n)] = np.where(truth == (sign > 0), 7, 8)
+    real = np.ones((n, 5), bool)
+    real[:, 4] = False
+    aliases = {
+        "detector": {
+            "regions": (regions, "float16"),
+            "boxes": (np.full((n, 3, 5), 0.5), "float32"),
+            "region_mask": (np.ones((n, 3)), "bool"),
+        },
+        "words": {"text_ids": (ids, "int32"), "text_mask": (real, "bool")},
+    }
+    for alias, arrays in aliases.items():
+        tower = "text" if alias == "words" else "image"
+        fields = [
+            FieldSpec(name=name, shape=array.shape[1:], dtype=kind, tower=tower)
+            for name, (array, kind) in arrays.items()
+        ]
+        with store.writer(
+            alias, fields=fields, identity={"a": alias}, context={"spec": alias}
+        ) as writer:
+            for shard in range(writer.num_shards):
+                rows = np.arange(*writer.bounds(shard))
+                part = {name: array[rows].astype(kind) for name, (array, kind) in arrays.items()}
+                writer.commit(shard, tower, rows, part)
+    return EmbeddingStore.open(store.path)
+
+
+def test_vilbert_reads_token_ids_from_a_store(read_and_seen, tmp_path, monkeypatch):
+    sizes = Sizes(
+        vocabulary=30,
+        positions=8,
+        text_layers=2,
+        text_width=32,
+        text_heads=2,
+        text_feedforward=64,
+        region_layers=1,
+        region_width=32,
+        region_heads=2,
+        region_feedforward=64,
+        joint=32,
+        joint_heads=2,
+    )
+    monkeypatch.setattr("mmc.heads.models.vilbert.SMALL", sizes)
+    config = TrainConfig(
+        head="vilbert",
+        features=("detector", "words"),
+        settings=("head.dropout=0",),
+        epochs=15,
+        lr=3e-3,
+    )
+    train(read_and_seen, tmp_path / "run", config)
+    run = Run.load(tmp_path / "run")
+    assert run.features["text_ids"].feature == "words/text_ids"
+    assert "text_mask" in run.features
+    assert run.metrics["test"]["auroc"] > 0.9
+    rows = read_and_seen.rows(split="test")
+    found = logits(run, read_and_seen, rows)
+    assert torch.equal(logits(Run.load(tmp_path / "run"), read_and_seen, rows), found)
+    with pytest.raises(InputError, match="holds 5 of int32 per sample"):
+        train(
+            read_and_seen,
+            tmp_path / "no",
+            replace(config, head="linear", settings=(), features=("words/text_ids",)),
+        )
 
 
 def test_training_is_the_same_again_with_labels_left_out(dual, tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from mmc.store.errors import InputError
 
 TINY = Sizes(
     vocabulary=30,
+    start=2,
     positions=9,
     text_layers=4,
     text_width=12,
@@ -279,6 +281,39 @@ def test_every_known_wrapping_loads_by_name(tiny, tmp_path, prefix, wrap):
         assert torch.equal(tensor, state[f"{prefix}{name}"]), name
     assert len(shapes(TINY)) == len(head.trunk.state_dict()) + 4 * TINY.exchanges  # q_dense
     assert head.learning_rate == 1e-5
+
+
+def test_every_tensor_of_the_checkpoint_decides_the_logits(tmp_path, monkeypatch):
+    """From token ids, with as many layers as the official network: all but the 24 of no use."""
+    layers = {"text_layers": 12, "region_layers": 6}
+    sizes = replace(TINY, **layers)
+    monkeypatch.setattr("mmc.heads.models.vilbert.OFFICIAL", sizes)
+    assert shapes(sizes).keys() == shapes(OFFICIAL).keys()
+    save_file(checkpoint(sizes), tmp_path / "m.safetensors")
+    head = vilbert(weights=str(tmp_path / "m.safetensors"))
+    head.load_weights()
+    x = batch()
+    x["text_ids"][:, 0] = sizes.start
+    head(x).square().sum().backward()
+    reached = {n for n, p in head.trunk.named_parameters() if p.grad.abs().max() > 0}
+    dead = {name for name in shapes(OFFICIAL) if "q_dense" in name}
+    assert reached == shapes(OFFICIAL).keys() - dead
+    assert (len(reached), len(dead)) == (495, 24)
+
+
+def test_ids_of_another_vocabulary_are_refused_in_one_line(tiny, tmp_path):
+    save_file(checkpoint(TINY), tmp_path / "m.safetensors")
+    x = batch()
+    x["text_ids"][:] = 5
+    x["text_mask"][2] = False  # a sample without a text
+    with pytest.raises(InputError, match=r"text_ids are not ids of uncased BERT's .*\[CLS\], 2"):
+        vilbert(weights=str(tmp_path / "m.safetensors")).prepare(x)
+    vilbert().prepare(x)  # a network of one's own takes any
+    x["text_ids"][:2, 0] = 2
+    vilbert(weights=str(tmp_path / "m.safetensors")).prepare(x)
+    x["text_ids"][1, 0] = 30
+    with pytest.raises(InputError, match="largest is 29"):
+        vilbert().prepare(x)
 
 
 def test_all_519_names_are_required():
