@@ -24,22 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmc.heads.losses.base import (
-    Loss,
-    PosWeight,
-    Reduction,
-    balance,
-    best_constant,
-    check_cap,
-    reduced,
-    split_known,
-    widened,
-)
+from mmc.heads.losses.base import ElementsConfig, ElementsLoss
 from mmc.store.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class AAMConfig:
+class AAMConfig(ElementsConfig):
     """Settings of the additive angular margin."""
 
     scale: float = 15.0
@@ -49,62 +39,39 @@ class AAMConfig:
     kind: Literal["angle", "cosine"] = "angle"
     """What the margin is added to: the angle (ArcFace), or taken from the cosine (CosFace, where
     0.35 is usual)."""
-    pos_weight: PosWeight = "none"
-    """Weight of a label's positives: none = 1; auto = negatives / positives in the training rows;
-    cap = the same, at most ``pos_weight_cap``."""
-    pos_weight_cap: float = 20.0
-    """Largest weight under ``pos_weight=cap``."""
-    reduction: Reduction = "mean"
-    """``mean`` over the known elements; ``sum`` of them; ``sum_per_sample_mean`` = sum over labels,
-    mean over samples."""
 
     def __post_init__(self) -> None:
-        check_cap(self.pos_weight_cap)
+        super().__post_init__()
         if not self.scale > 0:
             raise InputError(f"loss.scale must be above 0, got {self.scale}")
         if not 0 <= self.margin < math.pi / 2:
             raise InputError(f"loss.margin must be in [0, 1.57), got {self.margin}")
 
 
-class AAM(Loss):
+class AAM(ElementsLoss):
     """Binary cross-entropy, positives by an angular margin; -1 targets count for nothing."""
 
     Config = AAMConfig
-    tasks = frozenset({"multilabel"})
-    weights: Tensor
-    best_constant: Tensor
-
-    def __init__(self, config: AAMConfig, positives: Tensor, known: Tensor) -> None:
-        super().__init__(config, positives, known)
-        positives, known = positives.double(), known.double()
-        weights = balance(config.pos_weight, config.pos_weight_cap, positives, known - positives)
-        self.register_buffer("weights", weights)
-
-        def at_right_angles(offsets: Tensor, targets: Tensor) -> Tensor:
-            """Losses where the offset is the whole logit, differentiated as by a cosine of 0."""
-            return self.elements(offsets, targets, offsets.detach())
-
-        self.register_buffer("best_constant", best_constant(at_right_angles, positives, known))
 
     @classmethod
     def head_settings(cls, config: AAMConfig) -> dict[str, Any]:
         return {"output": "cosine", "scale": config.scale}
 
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        logits = widened(logits)
-        targets, known = split_known(targets, logits.dtype)
-        elements = self.elements(logits, targets, self.best_constant.to(logits.dtype))
-        return reduced(elements, known, self.config.reduction)
+    def elements(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return self._turned(logits, targets, self.best_constant.to(logits.dtype))
 
-    def elements(self, logits: Tensor, targets: Tensor, offsets: Tensor) -> Tensor:
+    def of_constant(self, logits: Tensor, targets: Tensor) -> Tensor:
+        # The whole logit is the offset, and the slope is the one at a cosine of 0.
+        return self._turned(logits, targets, logits.detach())
+
+    def _turned(self, logits: Tensor, targets: Tensor, offsets: Tensor) -> Tensor:
         """Loss (B, C) of every element; ``offsets`` (C,) are the logits at a cosine of 0."""
         scale = self.config.scale
         cosine = (logits - offsets) / scale
         # Negatives keep their logits to the last bit.
         logits = logits + targets * (scale * (self.phi(cosine) - cosine))
-        weights = None if self.config.pos_weight == "none" else self.weights.to(logits.dtype)
         return F.binary_cross_entropy_with_logits(
-            logits, targets, pos_weight=weights, reduction="none"
+            logits, targets, pos_weight=self.positive_weights(logits.dtype), reduction="none"
         )
 
     def phi(self, cosine: Tensor) -> Tensor:
@@ -117,6 +84,3 @@ class AAM(Loss):
         # Past the angle pi - m the cosine would rise again.
         beyond = cosine - margin * math.sin(margin)
         return torch.where(cosine > math.cos(math.pi - margin), turned, beyond)
-
-    def prior(self) -> Tensor:
-        return self.best_constant

@@ -4,7 +4,8 @@ With ``p_m = max(p - m, 0)``: ``-y (1 - p)^g+ log p - (1 - y) p_m^g- log(1 - p_m
 p <= m has no loss and no gradient. Soft targets are weights of the two parts.
 
 Published trainings sum over batch and labels. Here it is the mean unless told otherwise, so that
-gradient clipping and learning rates mean what they mean for the other losses.
+gradient clipping and learning rates mean what they mean for the other losses. The powers weigh
+negatives down already, and ``pos_weight`` comes on top.
 """
 
 from dataclasses import dataclass
@@ -13,24 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmc.heads.losses.base import (
-    Loss,
-    PosWeight,
-    Reduction,
-    balance,
-    best_constant,
-    check_cap,
-    check_least,
-    check_share,
-    power,
-    reduced,
-    split_known,
-    widened,
-)
+from mmc.heads.losses.base import ElementsConfig, ElementsLoss, check_least, check_share, power
 
 
 @dataclass(frozen=True, kw_only=True)
-class ASLConfig:
+class ASLConfig(ElementsConfig):
     """Settings of the asymmetric loss."""
 
     gamma_neg: float = 4.0
@@ -41,51 +29,25 @@ class ASLConfig:
     """Margin m: a negative with a probability up to it counts for nothing."""
     detach_weight: bool = False
     """Treat the powers as constants when differentiating, as the published trainings do."""
-    pos_weight: PosWeight = "none"
-    """Weight of a label's positives: none = 1; auto = negatives / positives in the training rows;
-    cap = the same, at most ``pos_weight_cap``. The powers weigh the negatives down already."""
-    pos_weight_cap: float = 20.0
-    """Largest weight under ``pos_weight=cap``."""
-    reduction: Reduction = "mean"
-    """``mean`` over the known elements; ``sum`` of them; ``sum_per_sample_mean`` = sum over labels,
-    mean over samples."""
 
     def __post_init__(self) -> None:
-        check_cap(self.pos_weight_cap)
+        super().__post_init__()
         check_least("gamma_neg", self.gamma_neg)
         check_least("gamma_pos", self.gamma_pos)
         check_share("clip", self.clip)
 
 
-class ASL(Loss):
+class ASL(ElementsLoss):
     """Asymmetric loss with logits; -1 targets count for nothing."""
 
     Config = ASLConfig
-    tasks = frozenset({"multilabel"})
-    weights: Tensor
-    best_constant: Tensor
-
-    def __init__(self, config: ASLConfig, positives: Tensor, known: Tensor) -> None:
-        super().__init__(config, positives, known)
-        positives, known = positives.double(), known.double()
-        weights = balance(config.pos_weight, config.pos_weight_cap, positives, known - positives)
-        self.register_buffer("weights", weights)
-        self.register_buffer("best_constant", best_constant(self.elements, positives, known))
-
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        logits = widened(logits)
-        targets, known = split_known(targets, logits.dtype)
-        return reduced(self.elements(logits, targets), known, self.config.reduction)
 
     def elements(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Loss (B, C) of every element, unweighted by what is known."""
         positive = self._positive(logits)
-        if self.config.pos_weight != "none":
-            positive = positive * self.weights.to(logits.dtype)
+        weights = self.positive_weights(logits.dtype)
+        if weights is not None:
+            positive = positive * weights
         return torch.lerp(self._negative(logits), positive, targets)
-
-    def prior(self) -> Tensor:
-        return self.best_constant
 
     def _positive(self, logits: Tensor) -> Tensor:
         """``-(1 - p)^g+ log p``."""

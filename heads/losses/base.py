@@ -4,6 +4,7 @@ Shapes: B samples, C labels.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -54,6 +55,67 @@ class Loss(nn.Module):
     def head_settings(cls, config: Any) -> dict[str, Any]:
         """Settings that the head must have for this loss, by name; most ask for none."""
         return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElementsConfig:
+    """Settings of every loss that is a sum over elements: one sample and one label each."""
+
+    pos_weight: PosWeight = "none"
+    """Weight of a label's positives: none = 1; auto = negatives / positives in the training rows;
+    cap = the same, at most ``pos_weight_cap``."""
+    pos_weight_cap: float = 20.0
+    """Largest weight under ``pos_weight=cap``."""
+    reduction: Reduction = "mean"
+    """``mean`` over the known elements; ``sum`` of them; ``sum_per_sample_mean`` = sum over labels,
+    mean over samples."""
+
+    def __post_init__(self) -> None:
+        check_cap(self.pos_weight_cap)
+
+
+class ElementsLoss(Loss):
+    """Base of the losses that are a sum over elements; -1 targets count for nothing.
+
+    A loss says what an element costs; weights, reduction, unknown targets and the best constant
+    follow.
+    """
+
+    Config = ElementsConfig
+    tasks = frozenset({"multilabel"})
+    share: Tensor
+    """Share of the training rows that have each label, (C,) float64; never 0 or 1."""
+    weights: Tensor
+    best_constant: Tensor
+
+    def __init__(self, config: Any, positives: Tensor, known: Tensor) -> None:
+        super().__init__(config, positives, known)
+        positives, known = positives.double(), known.double()
+        share = (positives + PRIOR_SMOOTHING) / (known + 2 * PRIOR_SMOOTHING)
+        weights = balance(config.pos_weight, config.pos_weight_cap, positives, known - positives)
+        self.register_buffer("share", share)
+        self.register_buffer("weights", weights)
+        self.register_buffer("best_constant", best_constant(self.of_constant, positives, known))
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        logits = widened(logits)
+        targets, known = split_known(targets, logits.dtype)
+        return reduced(self.elements(logits, targets), known, self.config.reduction)
+
+    def elements(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Loss (B, C) of every element, whether it is known or not."""
+        raise NotImplementedError
+
+    def of_constant(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The same of logits that are alike for all samples, as the prior's."""
+        return self.elements(logits, targets)
+
+    def positive_weights(self, dtype: torch.dtype) -> Tensor | None:
+        """Weight (C,) of each label's positives; None: all 1."""
+        return None if self.config.pos_weight == "none" else self.weights.to(dtype)
+
+    def prior(self) -> Tensor:
+        return self.best_constant
 
 
 def widened(logits: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def test_bce_weights_positives_by_their_rarity(settings, weights):
     x, y = rng.normal(0, 2, (9, 3)), (rng.random((9, 3)) < 0.5).astype(float)
     elements = -(y * np.array(weights) * np.log(sigmoid(x)) + (1 - y) * np.log(sigmoid(-x)))
     value = loss(torch.from_numpy(x), torch.from_numpy(y))
-    assert float(value) == pytest.approx(elements.mean(), abs=1e-6)
+    assert float(value) == pytest.approx(elements.mean(), abs=1e-12)
 
 
 @pytest.mark.parametrize("weight", ["none", "auto"])
