@@ -1,6 +1,7 @@
 """Losses in a training: every one learns, and what one asks of a head."""
 
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ from mmc.heads.artifact import Run
 from mmc.heads.losses import LOSSES
 from mmc.heads.models.cosine import CosineOutput
 from mmc.heads.models.linear import Linear, LinearConfig
-from mmc.heads.options import TrainConfig
+from mmc.heads.options import TrainConfig, parse_set
 from mmc.heads.predict import logits
 from mmc.heads.trainer import train
+from mmc.store.config import build
 from mmc.store.errors import InputError
+from mmc.store.registry import load
 
 MULTILABEL = [entry.name for entry in LOSSES if entry.needs.startswith("multilabel")]
 CLASSES = [entry.name for entry in LOSSES if not entry.needs.startswith("multilabel")]
@@ -40,6 +43,49 @@ def test_a_head_learns_labels_and_decides_well_at_tuned_thresholds(make_store, t
     assert run.loss == loss
     rows = store.rows(split="test", features=list(store.features))
     assert torch.equal(logits(run, store, rows), logits(report.run, store, rows))
+
+
+SETTINGS = {
+    "bce": ["pos_weight=auto", "pos_weight=cap pos_weight_cap=2", "reduction=sum"],
+    "smooth_bce": ["smoothing=0.3", "towards=prior", "pos_weight=auto", "reduction=sum"],
+    "focal": ["gamma=1", "alpha=0.75", "pos_weight=cap pos_weight_cap=2", "reduction=sum"],
+    "asl": [
+        *("gamma_neg=2", "gamma_pos=1", "clip=0.2", "detach_weight=true", "pos_weight=auto"),
+        *("pos_weight=cap pos_weight_cap=2", "reduction=sum_per_sample_mean"),
+    ],
+    "zlpr": ["smoothing=0", "reduction=mean"],
+    "aam": ["scale=8", "margin=0.5", "kind=cosine", "pos_weight=auto", "reduction=sum"],
+    "ce": ["pos_weight=auto", "pos_weight=cap pos_weight_cap=1.1", "reduction=sum"],
+    "smooth_ce": ["smoothing=0.4", "pos_weight=auto", "reduction=sum"],
+    "focal_ce": ["gamma=1", "smoothing=0.2", "pos_weight=auto", "reduction=sum"],
+}
+"""Every setting of every loss, as a user types it; `pos_weight_cap` is the same one everywhere."""
+
+
+@pytest.mark.parametrize("entry", LOSSES, ids=lambda entry: entry.name)
+def test_every_setting_can_be_typed_and_changes_the_gradient(entry):
+    cls, given = load(entry), SETTINGS[entry.name]
+    known = {field.name for field in fields(cls.Config)}
+    assert {pair.partition("=")[0] for line in given for pair in line.split()} | {
+        "pos_weight_cap"
+    } >= known
+    counts = torch.tensor([50.0, 20.0, 5.0])
+    torch.manual_seed(0)
+    logits = torch.randn(6, 3)
+    targets = (torch.rand(6, 3) < 0.5).float()
+    if "multilabel" not in cls.tasks:
+        targets = torch.tensor([0, 1, 2, 0, 1, 2])
+
+    def slope(*pairs: str) -> torch.Tensor:
+        settings = parse_set(f"loss.{pair}" for pair in pairs).get("loss", {})
+        loss = cls(build(cls.Config, settings, where="loss"), counts, torch.full_like(counts, 75))
+        x = logits.clone().requires_grad_()
+        loss(x, targets).backward()
+        return x.grad
+
+    usual = slope()
+    for line in given:
+        assert (slope(*line.split()) - usual).abs().max() > 1e-3, line
 
 
 @pytest.mark.parametrize("loss", CLASSES)
