@@ -59,6 +59,20 @@ class NoConfig:
     """Settings of a component that has none."""
 
 
+def check_least(config: Any, least: float, *names: str) -> None:
+    """Raise InputError where a setting of a head is below ``least``."""
+    for name in names:
+        if not getattr(config, name) >= least:
+            raise InputError(f"head.{name} must be {least:g} or more, got {getattr(config, name)}")
+
+
+def check_shares(config: Any, *names: str) -> None:
+    """Raise InputError where a setting of a head is not in [0, 1)."""
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            raise InputError(f"head.{name} must be in [0, 1), got {getattr(config, name)}")
+
+
 class Head(nn.Module):
     """Base of the heads: ``forward`` is ``score`` after ``prepare``.
 

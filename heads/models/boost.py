@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from mmc.heads.artifact import Run
 from mmc.heads.featureref import FeatureRef
 from mmc.heads.models import GROUP, HEADS
-from mmc.heads.models.base import Batch, Head, Stage
+from mmc.heads.models.base import Batch, Head, Stage, check_least, check_shares
 from mmc.heads.models.dropout import InputDropoutLinear
-from mmc.heads.models.inputs import InputNorm, Normalize
+from mmc.heads.models.inputs import InputNorm, PooledConfig
 from mmc.heads.models.linear import linear_rate, output_layer
 from mmc.heads.runfiles import WEIGHTS
 from mmc.store.config import build
@@ -35,7 +35,7 @@ NOT_EMBEDDINGS = ("_mask", "_classes", "_scores", "_ids")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BoostConfig:
+class BoostConfig(PooledConfig):
     """Settings of the boosted head."""
 
     base: str | None = None
@@ -50,19 +50,12 @@ class BoostConfig:
     """Share of the inputs that an MLP stage ignores in a training step."""
     shrinkage: float = 0.5
     """What a trained stage's logits are multiplied by."""
-    normalize: Normalize = "center"
-    """Per field: ``center`` = unit length, minus the training mean, one scale; ``l2`` = unit
-    length times sqrt(D); ``standardize`` = unit length, then each value to mean 0 and variance 1;
-    ``none`` = as stored."""
     base_run: dict[str, Any] = field(default_factory=dict)
     """What the base is; recorded by the training, not to be set."""
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "hidden"):
-            if getattr(self, name) < 1:
-                raise InputError(f"head.{name} must be 1 or more, got {getattr(self, name)}")
-        if not 0 <= self.input_dropout < 1:
-            raise InputError(f"head.input_dropout must be in [0, 1), got {self.input_dropout}")
+        check_least(self, 1, "rounds", "hidden")
+        check_shares(self, "input_dropout")
         if not 0 < self.shrinkage <= 1:
             raise InputError(f"head.shrinkage must be in (0, 1], got {self.shrinkage}")
 

@@ -17,18 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmc.heads.models.attention import MultiheadAttention, attention_heads
-from mmc.heads.models.base import Batch, Head, Need
+from mmc.heads.models.base import Batch, Need, check_least, check_shares
 from mmc.heads.models.dropout import Dropout
 from mmc.heads.models.fusion import FieldProjection
 from mmc.heads.models.inputs import Normalize
-from mmc.heads.models.tokens import (
-    PASS_FLOATS,
-    STEP_FLOATS,
-    TokenInputs,
-    joined_masks,
-    rows_at_once,
-    split,
-)
+from mmc.heads.models.tokens import TokenHead, joined_masks
 from mmc.heads.models.tokens_labels import LabelTexts, selective
 from mmc.store.errors import InputError
 
@@ -60,24 +53,17 @@ class DMDecoderConfig:
     1; ``none`` = as stored."""
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "label_budget"):
-            if getattr(self, name) < 0:
-                raise InputError(f"head.{name} must be 0 or more, got {getattr(self, name)}")
-        for name in ("heads", "feedforward"):
-            if getattr(self, name) < 1:
-                raise InputError(f"head.{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("input_dropout", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"head.{name} must be in [0, 1), got {getattr(self, name)}")
+        check_least(self, 0, "layers", "width", "label_budget")
+        check_least(self, 1, "heads", "feedforward")
+        check_shares(self, "input_dropout", "dropout")
         if not self.layers and not self.cosine:
             raise InputError("head.layers=0 leaves nothing but the cosine: set head.cosine=true")
 
 
-class DMDecoder(Head):
+class DMDecoder(TokenHead):
     """Logits = prior + one read-out of what each label's query has read + a learned cosine."""
 
     Config = DMDecoderConfig
-    reads = "any"
     wants_label_text = True
     needs = (Need(fields=("image_tokens", "regions")), Need(fields=("image",), optional=True))
     extras = ("image_class", "boxes", "image_places")
@@ -97,8 +83,7 @@ class DMDecoder(Head):
         *,
         label_text: Tensor | None = None,
     ) -> None:
-        super().__init__(inputs, num_labels, config, label_text=label_text)
-        self.tokens = TokenInputs(inputs, config.normalize)
+        super().__init__(inputs, num_labels, config, config.normalize, label_text)
         self.sources = tuple(s for s in self.tokens.sources if s.field != "image")
         pooled = [s for s in self.tokens.sources if s.field == "image"]
         self.pooled = pooled[0].role if pooled and config.cosine else None
@@ -117,9 +102,9 @@ class DMDecoder(Head):
         width = config.width or text_width
         tokens = sum(source.tokens for source in self.sources)
         asked = min(self.num_labels, config.label_budget or self.num_labels)
-        self.floats = tokens * sum(source.width for source in self.sources) + self.num_labels
+        floats = tokens * sum(source.width for source in self.sources) + self.num_labels
         # Without gradients nothing is kept from layer to layer, but all labels are there.
-        self.pass_floats = self.floats + (4 + config.feedforward) * width * self.num_labels
+        pass_floats = floats + (4 + config.feedforward) * width * self.num_labels
         self.cosine = self._cosine_gain(text_width)
         if config.layers:
             self.queries = nn.Identity() if width == text_width else nn.Linear(text_width, width)
@@ -136,9 +121,9 @@ class DMDecoder(Head):
             nn.init.zeros_(self.readout.bias)
             per_label = (8 + 3 * config.feedforward) * width
             pairs = 2 * attention_heads(width, config.heads) * tokens * asked
-            self.floats += config.layers * (asked * per_label + 8 * tokens * width + pairs)
-            self.pass_floats += 8 * tokens * width
-        self.largest_batch = rows_at_once(self.floats, STEP_FLOATS)
+            floats += config.layers * (asked * per_label + 8 * tokens * width + pairs)
+            pass_floats += 8 * tokens * width
+        self.set_memory(floats, pass_floats)
 
     def _cosine_gain(self, text_width: int) -> nn.Parameter | None:
         if self.pooled is None:
@@ -153,19 +138,13 @@ class DMDecoder(Head):
         return nn.Parameter(torch.zeros(()))
 
     def prepare(self, batch: Batch) -> Batch:
-        prepared: Batch = self.tokens(batch)
+        prepared = super().prepare(batch)
         if self.pooled is not None:
             prepared[self.pooled] = F.normalize(batch[self.pooled].to(self.labels.text), dim=-1)
         return prepared
 
-    def score(self, prepared: Batch) -> Tensor:
-        if torch.is_grad_enabled():
-            return self._score(prepared)
-        rows = rows_at_once(self.pass_floats, PASS_FLOATS)
-        return torch.cat([self._score(part) for part in split(prepared, rows)])
-
     def fit_inputs(self, blocks: Iterable[Batch]) -> None:
-        self.tokens.fit(self._seen(blocks))
+        super().fit_inputs(self._seen(blocks))
 
     def set_prior(self, logits: Tensor) -> None:
         self.labels.prior.copy_(logits)

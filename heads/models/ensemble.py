@@ -13,18 +13,16 @@ Shapes: B samples, C labels, F fields, D values of one field, n validation rows.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmc.heads import metrics
-from mmc.heads.models.base import Batch, Head, Stage
-from mmc.heads.models.dropout import Dropout
-from mmc.heads.models.inputs import InputNorm, Normalize
-from mmc.heads.models.linear import linear_rate, output_layer, set_bias
+from mmc.heads.models.base import Batch
+from mmc.heads.models.per_field import PerFieldConfig, PerFieldHead
 from mmc.store.errors import InputError
 
 TIE = 1e-6
@@ -32,32 +30,21 @@ TIE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class EnsembleConfig:
+class EnsembleConfig(PerFieldConfig):
     """Settings of the ensemble head."""
 
-    hidden: int = 0
-    """Hidden width of each field's classifier; 0 = linear."""
-    dropout: float = 0.2
-    """Share of hidden values dropped while training."""
     spread: tuple[float, ...] = (0.1, 0.3, 1.0)
     """How far weights may leave equality: standard deviations of the normal prior on their
     logarithms, of which the one is taken that does best on halves of the validation rows that it
     was not fitted on."""
-    normalize: Normalize = "center"
-    """Per field: ``center`` = unit length, minus the training mean, one scale; ``l2`` = unit
-    length times sqrt(D); ``standardize`` = unit length, then each value to mean 0 and variance 1;
-    ``none`` = as stored."""
 
     def __post_init__(self) -> None:
-        if self.hidden < 0:
-            raise InputError(f"head.hidden must be 0 or more, got {self.hidden}")
+        super().__post_init__()
         if not self.spread or not min(self.spread) > 0:
             raise InputError(f"head.spread must be numbers above 0, got {self.spread}")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"head.dropout must be in [0, 1), got {self.dropout}")
 
 
-class Ensemble(Head):
+class Ensemble(PerFieldHead):
     """Logits = prior + sum over fields of the label's weight x the field's evidence.
 
     Each classifier is trained alone until it stops improving. Then the weights become, of equal
@@ -65,12 +52,10 @@ class Ensemble(Head):
     """
 
     Config = EnsembleConfig
-    min_inputs = 2
     card = (
         "Each field has a classifier of its own, trained alone; how far a label trusts each field "
         "was chosen on the validation rows."
     )
-    prior: Tensor
     weights: Tensor
 
     def __init__(
@@ -82,19 +67,7 @@ class Ensemble(Head):
         label_text: Tensor | None = None,
     ) -> None:
         super().__init__(inputs, num_labels, config, label_text=label_text)
-        self.roles = tuple(inputs)
-        widths = [shape[0] for shape in inputs.values()]
-        self.learning_rate = linear_rate(sum(widths) // len(widths))
-        self.normalize = InputNorm(inputs, config.normalize)
-        self.classifiers = nn.ModuleList(
-            _classifier(width, num_labels, config.hidden, config.dropout) for width in widths
-        )
-        self.register_buffer("prior", torch.zeros(num_labels))
-        self.register_buffer("weights", torch.ones(num_labels, len(widths)))
-
-    def prepare(self, batch: Batch) -> Batch:
-        prepared: Batch = self.normalize(batch)
-        return prepared
+        self.register_buffer("weights", torch.ones(num_labels, len(inputs)))
 
     def score(self, prepared: Batch) -> Tensor:
         return weighted(self.evidence(prepared), self.weights, self.prior)
@@ -102,18 +75,7 @@ class Ensemble(Head):
     def evidence(self, prepared: Batch) -> Tensor:
         """What each field says of each label: (F, B, C)."""
         fields = zip(self.roles, self.classifiers, strict=True)
-        return torch.stack([classifier(prepared[role]) - self.prior for role, classifier in fields])
-
-    def stages(self) -> list[Stage]:
-        return [self._stage(index) for index in range(len(self.roles))]
-
-    def fit_inputs(self, blocks: Iterable[Batch]) -> None:
-        self.normalize.fit(blocks)
-
-    def set_prior(self, logits: Tensor) -> None:
-        self.prior.copy_(logits)
-        for classifier in self.classifiers:
-            set_bias(classifier[-1], logits)  # type: ignore[index]
+        return torch.stack([classify(prepared[role]) - self.prior for role, classify in fields])
 
     def fit_validation(
         self, prepared: Batch, targets: Tensor, task: str, metric: str | None = None
@@ -145,15 +107,6 @@ class Ensemble(Head):
             return f"weights: no better than {best} on val ({figures}): dropped"
         self.weights.copy_(fitted)
         return f"weights: fitted, val {metric} {value:.4f} ({best} {found[best]:.4f}, {others})"
-
-    def _stage(self, index: int) -> Stage:
-        role, classifier = self.roles[index], self.classifiers[index]
-        return Stage(
-            name=f"classifier {role}",
-            trains={f"classifiers.{index}": 1.0},
-            reads=(role,),
-            score=lambda prepared: classifier(prepared[role]),
-        )
 
 
 @dataclass(frozen=True)
@@ -234,13 +187,4 @@ def _log_loss(logits: Tensor, targets: Tensor) -> Tensor:
     known = (targets >= 0).to(logits.dtype)
     return F.binary_cross_entropy_with_logits(
         logits, targets.clamp(min=0).to(logits.dtype), weight=known, reduction="none"
-    )
-
-
-def _classifier(width: int, outputs: int, hidden: int, dropout: float) -> nn.Sequential:
-    """Linear, or one hidden layer; the last layer starts at zero."""
-    if not hidden:
-        return nn.Sequential(output_layer(width, outputs))
-    return nn.Sequential(
-        nn.Linear(width, hidden), nn.GELU(), Dropout(dropout), output_layer(hidden, outputs)
     )

@@ -3,7 +3,7 @@
 Shapes: B samples, N tokens of all fields and the class token, W width, C labels.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,20 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmc.heads.models.attention import attend, attention_heads
-from mmc.heads.models.base import Batch, Head, Need
+from mmc.heads.models.base import Batch, Need, check_least, check_shares
 from mmc.heads.models.dropout import Dropout, InputDropoutLinear
 from mmc.heads.models.inputs import Normalize
 from mmc.heads.models.linear import output_layer, set_bias
-from mmc.heads.models.tokens import (
-    PASS_FLOATS,
-    STEP_FLOATS,
-    Source,
-    TokenInputs,
-    mask_for,
-    rows_at_once,
-    split,
-)
-from mmc.store.errors import InputError
+from mmc.heads.models.tokens import Source, TokenHead, mask_for
 
 LEVELS = 8
 """Levels of a pyramid that have an embedding; deeper ones share the last."""
@@ -54,15 +45,11 @@ class FusionConfig:
     1; ``none`` = as stored."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "layers", "heads", "feedforward"):
-            if getattr(self, name) < 1:
-                raise InputError(f"head.{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("input_dropout", "token_dropout", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"head.{name} must be in [0, 1), got {getattr(self, name)}")
+        check_least(self, 1, "width", "layers", "heads", "feedforward")
+        check_shares(self, "input_dropout", "token_dropout", "dropout")
 
 
-class Fusion(Head):
+class Fusion(TokenHead):
     """Logits = linear layer on the class token after every token has looked at every other, plus
     one on the mean of each field's tokens: what a head on pooled fields sees is there from the
     first step.
@@ -73,7 +60,6 @@ class Fusion(Head):
     """
 
     Config = FusionConfig
-    reads = "any"
     needs = (
         Need(fields=("image_tokens", "regions", "image"), optional=True),
         Need(fields=("fused_tokens", "text_tokens", "text"), optional=True),
@@ -89,8 +75,7 @@ class Fusion(Head):
         *,
         label_text: Tensor | None = None,
     ) -> None:
-        super().__init__(inputs, num_labels, config, label_text=label_text)
-        self.tokens = TokenInputs(inputs, config.normalize)
+        super().__init__(inputs, num_labels, config, config.normalize, label_text)
         found = self.tokens.sources
         self.projections = nn.ModuleList(
             FieldProjection(source, inputs, config.width, config.input_dropout) for source in found
@@ -104,21 +89,7 @@ class Fusion(Head):
         tokens = 1 + sum(source.tokens for source in found)
         heads = attention_heads(config.width, config.heads)
         layer = tokens * (8 * config.width + 3 * config.feedforward) + heads * tokens * 4
-        self.floats = sum(s.tokens * s.width for s in found) + config.layers * layer
-        self.largest_batch = rows_at_once(self.floats, STEP_FLOATS)
-
-    def prepare(self, batch: Batch) -> Batch:
-        prepared: Batch = self.tokens(batch)
-        return prepared
-
-    def score(self, prepared: Batch) -> Tensor:
-        if torch.is_grad_enabled():
-            return self._score(prepared)
-        rows = rows_at_once(self.floats, PASS_FLOATS)
-        return torch.cat([self._score(part) for part in split(prepared, rows)])
-
-    def fit_inputs(self, blocks: Iterable[Batch]) -> None:
-        self.tokens.fit(blocks)
+        self.set_memory(sum(s.tokens * s.width for s in found) + config.layers * layer)
 
     def set_prior(self, logits: Tensor) -> None:
         set_bias(self.classifier, logits)

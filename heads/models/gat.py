@@ -11,7 +11,7 @@ Shapes: B samples, C labels, K neighbours, N values of a node, H hidden values.
 """
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmc.heads.models import graph
-from mmc.heads.models.base import Batch, Head
+from mmc.heads.models.base import Batch, check_least, check_shares
 from mmc.heads.models.dropout import InputDropoutLinear
-from mmc.heads.models.inputs import InputNorm, Normalize
+from mmc.heads.models.inputs import PooledConfig, PooledHead
 from mmc.store.errors import InputError
 
 with warnings.catch_warnings():
@@ -33,7 +33,7 @@ with warnings.catch_warnings():
 
 
 @dataclass(frozen=True, kw_only=True)
-class GATConfig:
+class GATConfig(PooledConfig):
     """Settings of the graph attention head."""
 
     nodes: Literal["auto", "text", "learned"] = "auto"
@@ -57,30 +57,21 @@ class GATConfig:
     """Most neighbours of a label, the strongest."""
     neighbor_share: float = 0.25
     """How much of a label's edge weights its neighbours have together."""
-    normalize: Normalize = "center"
-    """Per field: ``center`` = unit length, minus the training mean, one scale; ``l2`` = unit
-    length times sqrt(D); ``standardize`` = unit length, then each value to mean 0 and variance 1;
-    ``none`` = as stored."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "layers", "attention_heads", "hidden", "neighbors"):
-            if getattr(self, name) < 1:
-                raise InputError(f"head.{name} must be 1 or more, got {getattr(self, name)}")
+        check_least(self, 1, "width", "layers", "attention_heads", "hidden", "neighbors")
+        check_least(self, 0, "text_neighbors")
+        check_shares(self, "input_dropout", "neighbor_share")
         if self.width % self.attention_heads:
             raise InputError(
                 f"head.width ({self.width}) must be a multiple of head.attention_heads "
                 f"({self.attention_heads})"
             )
-        if self.text_neighbors < 0:
-            raise InputError(f"head.text_neighbors must be 0 or more, got {self.text_neighbors}")
-        for name in ("input_dropout", "neighbor_share"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"head.{name} must be in [0, 1), got {getattr(self, name)}")
         if not 0 < self.threshold <= 1:
             raise InputError(f"head.threshold must be in (0, 1], got {self.threshold}")
 
 
-class GAT(Head):
+class GAT(PooledHead):
     """Logits = projected inputs x (own + attended classifiers) + bias.
 
     Memory of a training step beside the batch, measured with 10,000 labels of 8 neighbours each:
@@ -108,9 +99,7 @@ class GAT(Head):
         label_text: Tensor | None = None,
     ) -> None:
         super().__init__(inputs, num_labels, config, label_text=label_text)
-        self.normalize = InputNorm(inputs, config.normalize)
-        total = sum(shape[0] for shape in inputs.values())
-        self.project = InputDropoutLinear(total, config.hidden, config.input_dropout)
+        self.project = InputDropoutLinear(self.width, config.hidden, config.input_dropout)
         self.label_text = None if config.nodes == "learned" else label_text
         nodes = torch.randn(num_labels, config.width)
         if self.label_text is not None:
@@ -126,9 +115,6 @@ class GAT(Head):
         self.register_buffer("neighbors", torch.full(shape, -1))
         self.register_buffer("edge_weights", torch.zeros(shape))
 
-    def prepare(self, batch: Batch) -> Batch:
-        return {"inputs": torch.cat(list(self.normalize(batch).values()), dim=-1)}
-
     def score(self, prepared: Batch) -> Tensor:
         hidden_BH = F.gelu(self.project(prepared["inputs"]))
         return F.linear(hidden_BH, self.label_states().to(hidden_BH.dtype), self.bias)
@@ -142,9 +128,6 @@ class GAT(Head):
                 states_CN = states_CN + F.elu(layer(states_CN, pairs, weights))
             states_CH: Tensor = self.own + self.classifiers(F.normalize(states_CN, dim=-1))
             return states_CH
-
-    def fit_inputs(self, blocks: Iterable[Batch]) -> None:
-        self.normalize.fit(blocks)
 
     def fit_labels(self, indptr: Tensor, indices: Tensor) -> None:
         config: GATConfig = self.config

@@ -10,15 +10,26 @@ was.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmc.heads.models.base import Batch
+from mmc.heads.models.base import Batch, Head
 
 Normalize = Literal["center", "l2", "standardize", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PooledConfig:
+    """What every head on pooled fields can be told."""
+
+    normalize: Normalize = "center"
+    """Per field: ``center`` = unit length, minus the training mean, one scale; ``l2`` = unit
+    length times sqrt(D); ``standardize`` = unit length, then each value to mean 0 and variance 1;
+    ``none`` = as stored."""
 
 
 class FieldNorm(nn.Module):
@@ -89,3 +100,25 @@ class InputNorm(nn.Module):
             mean = total[0] / rows
             variance = (total[1] / rows - mean.square()).clamp(min=0)
             norm.fit(anchor + mean.to(norm.shift), variance.to(norm.shift))
+
+
+class PooledHead(Head):
+    """Base of the heads that read all fields side by side: ``inputs`` (B, ``width``)."""
+
+    def __init__(
+        self,
+        inputs: Mapping[str, tuple[int, ...]],
+        num_labels: int,
+        config: Any,
+        *,
+        label_text: Tensor | None = None,
+    ) -> None:
+        super().__init__(inputs, num_labels, config, label_text=label_text)
+        self.normalize = InputNorm(inputs, config.normalize)
+        self.width = sum(shape[0] for shape in inputs.values())
+
+    def prepare(self, batch: Batch) -> Batch:
+        return {"inputs": torch.cat(list(self.normalize(batch).values()), dim=-1)}
+
+    def fit_inputs(self, blocks: Iterable[Batch]) -> None:
+        self.normalize.fit(blocks)

@@ -4,40 +4,35 @@ Shapes: B samples, C labels, D values of all fields together.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from mmc.heads.models.base import Batch, Head
+from mmc.heads.models.base import Batch
 from mmc.heads.models.cosine import CosineOutput
-from mmc.heads.models.inputs import InputNorm, Normalize
+from mmc.heads.models.inputs import PooledConfig, PooledHead
 from mmc.store.errors import InputError
-
-Output = Literal["linear", "cosine"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearConfig:
+class LinearConfig(PooledConfig):
     """Settings of the linear head."""
 
-    normalize: Normalize = "center"
-    """Per field: ``center`` = unit length, minus the training mean, one scale; ``l2`` = unit
-    length times sqrt(D); ``standardize`` = unit length, then each value to mean 0 and variance 1;
-    ``none`` = as stored."""
-    output: Output = "linear"
+    output: Literal["linear", "cosine"] = "linear"
     """``linear`` = a product with the label's weights; ``cosine`` = ``scale`` times their cosine,
     plus the label's prior (the loss aam asks for it)."""
     scale: float = 15.0
     """Logits per unit of cosine under ``output=cosine``."""
 
     def __post_init__(self) -> None:
-        check_scale(self.scale)
+        if not self.scale > 0:
+            raise InputError(f"head.scale must be above 0, got {self.scale}")
 
 
-class Linear(Head):
+class Linear(PooledHead):
     """Logits = W x + b, x the normalised fields side by side."""
 
     Config = LinearConfig
@@ -51,21 +46,13 @@ class Linear(Head):
         label_text: Tensor | None = None,
     ) -> None:
         super().__init__(inputs, num_labels, config, label_text=label_text)
-        self.normalize = InputNorm(inputs, config.normalize)
-        width = sum(shape[0] for shape in inputs.values())
-        self.classifier = chosen_output(config.output, config.scale, width, num_labels)
+        self.classifier = chosen_output(config, self.width, num_labels)
         # A cosine needs larger steps: at one rate it had not got there after 30 epochs of movies.
-        self.learning_rate = linear_rate(width) * (3 if config.output == "cosine" else 1)
-
-    def prepare(self, batch: Batch) -> Batch:
-        return {"inputs": torch.cat(list(self.normalize(batch).values()), dim=-1)}
+        self.learning_rate = linear_rate(self.width) * (3 if config.output == "cosine" else 1)
 
     def score(self, prepared: Batch) -> Tensor:
         logits: Tensor = self.classifier(prepared["inputs"])
         return logits
-
-    def fit_inputs(self, blocks: Iterable[Batch]) -> None:
-        self.normalize.fit(blocks)
 
     def set_prior(self, logits: Tensor) -> None:
         set_bias(self.classifier, logits)
@@ -88,19 +75,11 @@ def output_layer(width: int, num_labels: int) -> nn.Linear:
     return layer
 
 
-def chosen_output(
-    kind: Output, scale: float, width: int, num_labels: int
-) -> nn.Linear | CosineOutput:
+def chosen_output(config: LinearConfig, width: int, num_labels: int) -> nn.Linear | CosineOutput:
     """The output layer that a config's ``output`` and ``scale`` ask for."""
-    if kind == "cosine":
-        return CosineOutput(width, num_labels, scale)
+    if config.output == "cosine":
+        return CosineOutput(width, num_labels, config.scale)
     return output_layer(width, num_labels)
-
-
-def check_scale(scale: float) -> None:
-    """Raise InputError unless a scale of cosines is positive."""
-    if not scale > 0:
-        raise InputError(f"head.scale must be above 0, got {scale}")
 
 
 def set_bias(layer: nn.Linear | CosineOutput, logits: Tensor) -> None:

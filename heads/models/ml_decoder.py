@@ -17,17 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmc.heads.models.attention import MultiheadAttention, attention_heads
-from mmc.heads.models.base import Batch, Head, Need
+from mmc.heads.models.base import Batch, Need, check_least, check_shares
 from mmc.heads.models.dropout import Dropout, InputDropoutLinear
 from mmc.heads.models.inputs import Normalize
-from mmc.heads.models.tokens import (
-    PASS_FLOATS,
-    STEP_FLOATS,
-    TokenInputs,
-    joined_masks,
-    rows_at_once,
-    split,
-)
+from mmc.heads.models.tokens import TokenHead, joined_masks
 from mmc.heads.models.tokens_labels import LabelTexts, selective
 from mmc.heads.models.weights import copy_all, read_tensors
 from mmc.store.errors import InputError
@@ -72,14 +65,9 @@ class MLDecoderConfig:
     the output layer included where the number of labels is the same."""
 
     def __post_init__(self) -> None:
-        for name, least in (("groups", 1), ("heads", 1), ("width", 0), ("feedforward", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"head.{name} must be {least} or more, got {getattr(self, name)}")
-        for name in ("input_dropout", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"head.{name} must be in [0, 1), got {getattr(self, name)}")
-        if self.label_budget < 0:
-            raise InputError(f"head.label_budget must be 0 or more, got {self.label_budget}")
+        check_least(self, 1, "groups", "heads")
+        check_least(self, 0, "width", "feedforward", "label_budget")
+        check_shares(self, "input_dropout", "dropout")
 
     @property
     def scale(self) -> Normalize:
@@ -99,7 +87,7 @@ class MLDecoderConfig:
         return self.feedforward or (OFFICIAL_HIDDEN if self.weights else 1024)
 
 
-class MLDecoder(Head):
+class MLDecoder(TokenHead):
     """Logits of label l = the vector that query l // G read from the tokens, times its weights.
 
     Several fields are tokens side by side, each through a projection of its own. The output layer
@@ -107,7 +95,6 @@ class MLDecoder(Head):
     """
 
     Config = MLDecoderConfig
-    reads = "any"
     takes_label_text = True
     needs = (
         Need(fields=("image_tokens", "regions"), optional=True),
@@ -128,8 +115,7 @@ class MLDecoder(Head):
         *,
         label_text: Tensor | None = None,
     ) -> None:
-        super().__init__(inputs, num_labels, config, label_text=label_text)
-        self.tokens = TokenInputs(inputs, config.scale)
+        super().__init__(inputs, num_labels, config, config.scale, label_text)
         widths = [source.width for source in self.tokens.sources]
         self.by_text = config.queries == "label_text"
         self.queries = num_labels if self.by_text else min(config.groups, num_labels)
@@ -138,7 +124,6 @@ class MLDecoder(Head):
             width = widths[0] if label_text is None else label_text.shape[1]
             self.labels = LabelTexts(num_labels, width, label_text)
             self.wordvec_proj = nn.Linear(width, config.inner)
-        self._loaded = False
         tokens = sum(source.tokens for source in self.tokens.sources)
         each = 8 * config.inner + 3 * config.hidden + config.heads * tokens
         asked = min(self.queries, config.label_budget) if config.label_budget else self.queries
@@ -146,18 +131,7 @@ class MLDecoder(Head):
         if not self.by_text:
             asked = at_once = self.queries
         memory = tokens * (sum(widths) + 3 * config.inner)
-        self.pass_floats = memory + at_once * each + num_labels
-        self.largest_batch = rows_at_once(memory + asked * each + num_labels, STEP_FLOATS)
-
-    def prepare(self, batch: Batch) -> Batch:
-        prepared: Batch = self.tokens(batch)
-        return prepared
-
-    def score(self, prepared: Batch) -> Tensor:
-        if torch.is_grad_enabled():
-            return self._score(prepared)
-        rows = rows_at_once(self.pass_floats, PASS_FLOATS)
-        return torch.cat([self._score(part) for part in split(prepared, rows)])
+        self.set_memory(memory + asked * each + num_labels, memory + at_once * each + num_labels)
 
     def fit_inputs(self, blocks: Iterable[Batch]) -> None:
         if self.by_text and not self.labels.given:
@@ -165,7 +139,7 @@ class MLDecoder(Head):
                 "head.queries=label_text needs label texts, and the store has none for these "
                 "features; extract with a backbone that reads texts, such as CLIP"
             )
-        self.tokens.fit(blocks)
+        super().fit_inputs(blocks)
 
     def set_prior(self, logits: Tensor) -> None:
         if self.by_text:

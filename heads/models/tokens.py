@@ -9,11 +9,12 @@ role of its mask, if there is one (`mmc.heads.needs.mask_of`); what lies behind 
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmc.heads.models.base import Batch
+from mmc.heads.models.base import Batch, Head
 from mmc.heads.models.inputs import FieldNorm, Normalize
 from mmc.heads.needs import EXTRA_OF, mask_of, sibling
 from mmc.store.errors import InputError
@@ -141,6 +142,51 @@ class TokenInputs(nn.Module):
             mean = total[0] / max(count, 1)
             variance = (total[1] / max(count, 1) - mean.square()).clamp(min=0)
             norm.fit(anchor + mean.to(norm.shift), variance.to(norm.shift))
+
+
+class TokenHead(Head):
+    """Base of the heads of tokens; ``_score`` is theirs.
+
+    Without gradients some samples are scored at a time, so that a pass of any batch takes bounded
+    memory; with gradients the default batch is what a step has room for.
+    """
+
+    reads = "any"
+    pass_floats: int
+    """Numbers that a sample takes in a pass without gradients."""
+
+    def __init__(
+        self,
+        inputs: Mapping[str, tuple[int, ...]],
+        num_labels: int,
+        config: Any,
+        normalize: Normalize,
+        label_text: Tensor | None = None,
+    ) -> None:
+        super().__init__(inputs, num_labels, config, label_text=label_text)
+        self.tokens = TokenInputs(inputs, normalize)
+
+    def set_memory(self, step_floats: int, pass_floats: int | None = None) -> None:
+        """Numbers that a sample takes in a training step, and in a pass (None: as many)."""
+        self.largest_batch = rows_at_once(step_floats, STEP_FLOATS)
+        self.pass_floats = step_floats if pass_floats is None else pass_floats
+
+    def prepare(self, batch: Batch) -> Batch:
+        prepared: Batch = self.tokens(batch)
+        return prepared
+
+    def score(self, prepared: Batch) -> Tensor:
+        if torch.is_grad_enabled():
+            return self._score(prepared)
+        rows = rows_at_once(self.pass_floats, PASS_FLOATS)
+        return torch.cat([self._score(part) for part in split(prepared, rows)])
+
+    def fit_inputs(self, blocks: Iterable[Batch]) -> None:
+        self.tokens.fit(blocks)
+
+    def _score(self, prepared: Batch) -> Tensor:
+        """Prepared batch -> logits (B, C), all samples at once."""
+        raise NotImplementedError
 
 
 def mask_for(source: Source, prepared: Batch) -> Tensor:

@@ -14,7 +14,7 @@ used, though it must have them.
 Shapes: B samples, R regions, T tokens, C labels.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,19 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmc.heads.models.base import Batch, Head, Need
+from mmc.heads.models.base import Batch, Need, check_shares
 from mmc.heads.models.inputs import Normalize
 from mmc.heads.models.linear import output_layer, set_bias
-from mmc.heads.models.tokens import (
-    PASS_FLOATS,
-    STEP_FLOATS,
-    Source,
-    TokenInputs,
-    mask_for,
-    never_empty,
-    rows_at_once,
-    split,
-)
+from mmc.heads.models.tokens import Source, TokenHead, mask_for, never_empty
 from mmc.heads.models.vilbert_trunk import OFFICIAL, SMALL, Sizes, Trunk, official_tensors
 from mmc.heads.models.weights import copy_all, read_tensors
 from mmc.store.errors import InputError
@@ -64,8 +55,7 @@ class VilbertConfig:
     ``standardize`` = unit length, then each value to mean 0 and variance 1."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"head.dropout must be in [0, 1), got {self.dropout}")
+        check_shares(self, "dropout")
         if self.weights and self.size == "small":
             raise InputError("head.weights are of the official size: leave head.size out")
 
@@ -76,14 +66,13 @@ class VilbertConfig:
         return OFFICIAL if official else SMALL
 
 
-class Vilbert(Head):
+class Vilbert(TokenHead):
     """Logits = classifier(pooled text x pooled regions), both after six exchanges.
 
     The learning rate is the one for official weights (1e-5) where they are named.
     """
 
     Config = VilbertConfig
-    reads = "any"
     needs = (
         Need(fields=("regions",), one=True),
         Need(fields=("boxes",), one=True),
@@ -99,10 +88,9 @@ class Vilbert(Head):
         *,
         label_text: Tensor | None = None,
     ) -> None:
-        super().__init__(inputs, num_labels, config, label_text=label_text)
+        super().__init__(inputs, num_labels, config, config.normalize, label_text)
         self.roles = {role.rpartition(".")[2]: role for role in inputs}
         self.ids = "text_ids" in self.roles
-        self.tokens = TokenInputs(inputs, config.normalize)
         by_field = {source.field: source for source in self.tokens.sources}
         self.regions, self.states = by_field["regions"], by_field.get("text_tokens")
         self.text_mask = self.roles.get("text_mask")
@@ -122,12 +110,11 @@ class Vilbert(Head):
         if config.weights:
             self.learning_rate = 1e-5
         tokens = length + self.regions.tokens
-        self.floats = self.trunk.floats(length, self.regions.tokens + 1)
-        self.floats += tokens * self.regions.width
-        self.largest_batch = rows_at_once(self.floats, STEP_FLOATS)
+        floats = self.trunk.floats(length, self.regions.tokens + 1)
+        self.set_memory(floats + tokens * self.regions.width)
 
     def prepare(self, batch: Batch) -> Batch:
-        prepared: Batch = self.tokens(batch)
+        prepared = super().prepare(batch)
         if self.ids:
             ids_BT = prepared[self.roles["text_ids"]].long()
             if self.text_mask is not None:
@@ -135,15 +122,6 @@ class Vilbert(Head):
             self._check(ids_BT)
             prepared[self.roles["text_ids"]] = ids_BT
         return prepared
-
-    def score(self, prepared: Batch) -> Tensor:
-        if torch.is_grad_enabled():
-            return self._score(prepared)
-        rows = rows_at_once(self.floats, PASS_FLOATS)
-        return torch.cat([self._score(part) for part in split(prepared, rows)])
-
-    def fit_inputs(self, blocks: Iterable[Batch]) -> None:
-        self.tokens.fit(blocks)
 
     def set_prior(self, logits: Tensor) -> None:
         set_bias(self.classifier[-1], logits)  # type: ignore[arg-type]
