@@ -27,7 +27,7 @@ class FusionConfig:
 
     width: int = 256
     """Of every token within the encoder."""
-    layers: int = 2
+    layers: int = 1
     """Encoder layers."""
     heads: int = 4
     """Attention heads (the largest number up to this that divides the width)."""

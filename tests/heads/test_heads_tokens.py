@@ -7,8 +7,11 @@ import torch.nn.functional as F
 from mmc.heads.models import vilbert
 from mmc.heads.models.attention import MultiheadAttention, attend, attention_heads
 from mmc.heads.models.base import Head
+from mmc.heads.models.dm_decoder import DMDecoder, DMDecoderConfig
 from mmc.heads.models.fusion import Fusion, FusionConfig, mean_of, token_levels
+from mmc.heads.models.linear import Linear, LinearConfig
 from mmc.heads.models.ml_decoder import MLDecoder, MLDecoderConfig
+from mmc.heads.models.mlp import MLP, MLPConfig
 from mmc.heads.models.tokens import TokenInputs, never_empty, sources, split
 from mmc.heads.models.vilbert_trunk import Sizes
 from mmc.store.errors import InputError
@@ -151,15 +154,41 @@ def hidden_pairs(rows: int, seed: int):
     return {"image_tokens": tokens[:, torch.randperm(8, generator=g)]}, targets
 
 
-def test_ml_decoder_finds_what_the_mean_of_the_tokens_does_not_tell():
+def on_means(batch):
+    """What a head on pooled vectors sees of the tokens."""
+    return {role: values.mean(1) for role, values in batch.items() if values.ndim == 3}
+
+
+def linear_accuracy(batch, targets, new, truth) -> float:
+    seen = on_means(batch)
+    inputs = {role: tuple(values.shape[1:]) for role, values in seen.items()}
+    head = Linear(inputs, targets.shape[1], LinearConfig(normalize="none"))
+    learn(head, seen, targets, steps=200, lr=1e-2)
+    return accuracy(head, on_means(new), truth)
+
+
+def decoders():
+    ml = {"width": 32, "feedforward": 64, "input_dropout": 0, "heads": 4}
+    inputs, texts = {"image_tokens": (8, 12)}, torch.eye(3, 12)
+    yield "ml_decoder", lambda: MLDecoder(inputs, 3, MLDecoderConfig(**ml))
+    by_text = MLDecoderConfig(**ml, queries="label_text")
+    yield "ml_decoder by texts", lambda: MLDecoder(inputs, 3, by_text, label_text=texts)
+    wide = FusionConfig(width=32, feedforward=64, input_dropout=0, dropout=0)
+    yield "fusion", lambda: Fusion(inputs, 3, wide)
+    dm = DMDecoderConfig(width=32, input_dropout=0, dropout=0)
+    yield "dm_decoder", lambda: DMDecoder(inputs, 3, dm, label_text=texts)
+
+
+@pytest.mark.parametrize("make", [m for _, m in decoders()], ids=[n for n, _ in decoders()])
+def test_it_finds_what_the_mean_of_the_tokens_does_not_tell(make):
     batch, targets = hidden_pairs(600, 1)
     new, truth = hidden_pairs(300, 2)
     assert new["image_tokens"].mean(1).abs().max() < 1e-5
     torch.manual_seed(0)
-    config = MLDecoderConfig(width=32, feedforward=64, input_dropout=0, heads=4)
-    head = MLDecoder({"image_tokens": (8, 12)}, 3, config)
-    learn(head, batch, targets, steps=120, lr=3e-3)
+    head = make()
+    learn(head, batch, targets, steps=150, lr=3e-3)
     assert accuracy(head, new, truth) > 0.9
+    assert linear_accuracy(batch, targets, new, truth) < 0.6
 
 
 def agreeing(rows: int, seed: int):
@@ -176,6 +205,17 @@ def agreeing(rows: int, seed: int):
         "text_tokens": text,
         "text_mask": mask,
     }, targets
+
+
+def test_an_mlp_puts_image_and_text_together_and_a_linear_head_cannot():
+    batch, targets = agreeing(1000, 1)
+    new, truth = agreeing(300, 2)
+    assert linear_accuracy(batch, targets, new, truth) < 0.6
+    torch.manual_seed(0)
+    config = MLPConfig(hidden=64, input_dropout=0, normalize="standardize")
+    head = MLP({"regions": (6,), "text_tokens": (6,)}, 1, config)
+    learn(head, on_means(batch), targets, steps=300, lr=1e-2)
+    assert accuracy(head, on_means(new), truth) > 0.75  # the means are noisy
 
 
 INPUTS = {
