@@ -89,7 +89,9 @@ class Fusion(TokenHead):
         tokens = 1 + sum(source.tokens for source in found)
         heads = attention_heads(config.width, config.heads)
         layer = tokens * (8 * config.width + 3 * config.feedforward) + heads * tokens * 4
-        self.set_memory(sum(s.tokens * s.width for s in found) + config.layers * layer)
+        # Of the last layer only the class token is used: keys and values of the others.
+        last = tokens * (5 * config.width + heads)
+        self.set_memory(sum(s.tokens * s.width for s in found) + (config.layers - 1) * layer + last)
 
     def set_prior(self, logits: Tensor) -> None:
         set_bias(self.classifier, logits)

@@ -44,11 +44,11 @@ class MLDecoderConfig:
     """Fixed queries; one per label where there are fewer labels. Neighbours in the label set share
     a query."""
     width: int = 0
-    """Of queries and tokens within the decoder; 0 = 384, and 768 with ``weights``."""
+    """Of queries and tokens within the decoder; 0 = 192, and 768 with ``weights``."""
     heads: int = 8
     """Attention heads (the largest number up to this that divides the width)."""
     feedforward: int = 0
-    """Hidden width of the layer's feed-forward part; 0 = 1024, and 2048 with ``weights``."""
+    """Hidden width of the layer's feed-forward part; 0 = 384, and 2048 with ``weights``."""
     input_dropout: float = 0.4
     """Share of a field's values ignored in a training step, the same for the whole batch."""
     dropout: float = 0.1
@@ -79,12 +79,12 @@ class MLDecoderConfig:
     @property
     def inner(self) -> int:
         """The width that there is."""
-        return self.width or (OFFICIAL_WIDTH if self.weights else 384)
+        return self.width or (OFFICIAL_WIDTH if self.weights else 192)
 
     @property
     def hidden(self) -> int:
         """The hidden width that there is."""
-        return self.feedforward or (OFFICIAL_HIDDEN if self.weights else 1024)
+        return self.feedforward or (OFFICIAL_HIDDEN if self.weights else 384)
 
 
 class MLDecoder(TokenHead):
@@ -125,7 +125,7 @@ class MLDecoder(TokenHead):
             self.labels = LabelTexts(num_labels, width, label_text)
             self.wordvec_proj = nn.Linear(width, config.inner)
         tokens = sum(source.tokens for source in self.tokens.sources)
-        each = 8 * config.inner + 3 * config.hidden + config.heads * tokens
+        each = 8 * config.inner + 3 * config.hidden + 2 * config.heads * tokens
         asked = min(self.queries, config.label_budget) if config.label_budget else self.queries
         at_once = min(self.queries, QUERIES_AT_ONCE)
         if not self.by_text:

@@ -184,7 +184,7 @@ def test_queries_do_not_train():
 def test_with_official_weights_it_has_their_sizes():
     assert (MLDecoderConfig(weights="x").inner, MLDecoderConfig(weights="x").hidden) == (768, 2048)
     assert MLDecoderConfig(weights="x").scale == "none"
-    assert (MLDecoderConfig().inner, MLDecoderConfig().hidden) == (384, 1024)
+    assert (MLDecoderConfig().inner, MLDecoderConfig().hidden) == (192, 384)
     assert MLDecoderConfig().scale == "center"
 
 
