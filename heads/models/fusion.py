@@ -1,5 +1,11 @@
 """A transformer encoder over the tokens of all fields, with a class token that is read out.
 
+One layer is the default: states of a backbone know their neighbours already, and of the last layer
+only the class token is computed. On movies (128 text tokens; two seeds) it reached .559 to .560 val
+and .584 to .594 test mAP in 77 CPU seconds (linear on the pooled text .552 and .579). With half the
+width and a quarter of the feed-forward part it was .558 in 41 seconds; there 0.4 for
+``token_dropout`` (.556) and twice the learning rate (.553) were no better.
+
 Shapes: B samples, N tokens of all fields and the class token, W width, C labels.
 """
 

@@ -4,6 +4,11 @@ Ridnik et al. 2021, arXiv:2111.12933. Names of parameters are those of the offic
 its weights load (``head.weights=FILE``). The official class needs a torch of 2022; this one is
 written from the equations.
 
+A width of 192 is the default without official weights. On movies (128 text tokens, 18 labels) it
+reached .572 val and .579 to .594 test mAP with two seeds in 95 to 101 CPU seconds (linear on the
+pooled text .552 and .579); a ``dropout`` of 0.3 (.572) and less than half the learning rate (.556)
+were no better.
+
 Shapes: B samples, N tokens of all fields, D width, K queries, G labels of a group, C labels.
 """
 
