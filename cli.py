@@ -50,7 +50,7 @@ SOURCE = """image_column text_column label_column id_column split_column image_r
 CAPTION = """prompt beams max_tokens min_tokens column batch_size precision device workers
     max_pixels overwrite"""
 PREPARE = "to max_side quality shard_samples workers max_pixels overwrite"
-TRAIN = "head features loss batch_size epochs lr seed precision device max_memory overwrite"
+TRAIN = "head features loss batch_size epochs lr seed precision device max_memory track overwrite"
 PREDICT = "split form scores top_k at_least_one device"
 RENAMED = {"form": "--format"}
 COMPLETED = {"head": "heads", "loss": "losses"}
@@ -350,12 +350,15 @@ def train_head_command(
     """
     from mmc.extract.progress import Progress
     from mmc.heads.evaluate import format_table
+    from mmc.heads.launch import is_main
     from mmc.heads.trainer import train
     from mmc.store import EmbeddingStore
 
     config = build(TrainConfig, settings | {"settings": tuple(set_ or ())}, where="mmc train-head")
     with Progress() as progress:
         report = train(EmbeddingStore.open(store), run, config, report=_say, progress=progress)
+    if not is_main():  # one of several processes: the main one prints
+        return
     if json_output:
         _print_json({key: value for key, value in vars(report).items() if key != "run"})
     else:

@@ -109,12 +109,43 @@ def load_prepared(
     return resident
 
 
+@dataclass(frozen=True)
+class Share:
+    """What a process holds of a set that several train on."""
+
+    index: int = 0
+    count: int = 1
+
+    def rows(self, rows: Rows) -> Rows:
+        """Its rows: every ``count``-th from ``index`` on."""
+        return rows[self.index :: self.count]
+
+    def block(self, block: tuple[int, int]) -> tuple[int, int]:
+        """Its part of a block of rows, (first, last), for sets that are read in blocks."""
+        first, last = block
+        cuts = [first + (last - first) * i // self.count for i in (self.index, self.index + 1)]
+        return cuts[0], cuts[1]
+
+    def batches(self, order: Tensor, batch_size: int, device: torch.device) -> Sequence[Tensor]:
+        """Places among its rows, batch by batch of an order (n,) of all; some may be empty."""
+        if self.count == 1:
+            return order.to(device).split(batch_size)
+        own = order % self.count == self.index
+        ends = own.cumsum(0)[batch_size - 1 :: batch_size].tolist()
+        places = (order[own] // self.count).to(device)
+        return places.tensor_split(ends[: -(-len(order) // batch_size) - 1])
+
+
+ALONE = Share()
+
+
 class Batches(Protocol):
     """Where a stage's batches come from."""
 
     def epoch(self, stage: int, epoch: int) -> Iterator[tuple[Batch, Tensor]]:
         """Batches and targets (float (B, C) for multilabel, else int64 (B,)), every row once.
 
+        Where several processes share the data, this one's part of each batch; it may be empty.
         The order follows from the seed, the stage and the epoch. The tensors of a batch are
         buffers that the next batch overwrites.
         """
@@ -143,15 +174,27 @@ class ResidentData:
 
     inputs: Batch
     targets: Tensor
+    share: Share = ALONE
+    """Of the rows, those that are here."""
+    size: int | None = None
+    """Rows that all processes hold together; None: there is one."""
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self.targets) if self.size is None else self.size
 
     def batches(
         self, batch_size: int, *, seed: int, reads: Sequence[str] | None = None
     ) -> "ResidentBatches":
         """See :class:`Data`."""
-        return ResidentBatches(self.inputs, self.targets, batch_size, seed=seed, reads=reads)
+        return ResidentBatches(
+            self.inputs,
+            self.targets,
+            batch_size,
+            seed=seed,
+            reads=reads,
+            share=self.share,
+            size=len(self),
+        )
 
     def blocks(self) -> Iterator[Batch]:
         """See :class:`Data`."""
@@ -198,23 +241,25 @@ class ResidentBatches:
         *,
         seed: int,
         reads: Sequence[str] | None = None,
+        share: Share = ALONE,
+        size: int | None = None,
     ) -> None:
         self.inputs = {key: inputs[key] for key in reads} if reads is not None else dict(inputs)
         self.targets = targets
-        self.batch_size = min(batch_size, len(targets))
+        self.share, self.size = share, len(targets) if size is None else size
+        self.batch_size = min(batch_size, self.size)
         self.seed = seed
         self._gather = Gather(self.inputs, targets, self.batch_size)
 
     def __len__(self) -> int:
         """Batches per epoch; the last may be short."""
-        return -(-len(self.targets) // self.batch_size)
+        return -(-self.size // self.batch_size)
 
     def epoch(self, stage: int, epoch: int) -> Iterator[tuple[Batch, Tensor]]:
         """See :class:`Batches`."""
         generator = order_generator(self.seed, stage, epoch)
-        order = torch.randperm(len(self.targets), generator=generator).to(self.targets.device)
-        for start in range(0, len(order), self.batch_size):
-            index = order[start : start + self.batch_size]
+        order = torch.randperm(self.size, generator=generator)
+        for index in self.share.batches(order, self.batch_size, self.targets.device):
             self._gather.fill(0, self.inputs, self.targets, index)
             yield self._gather.batch(len(index))
 
@@ -230,6 +275,6 @@ def derive_seed(seed: int, *place: int) -> int:
     return int(state[0]) >> 1
 
 
-def dropout_seed(seed: int, stage: int, epoch: int) -> int:
+def dropout_seed(seed: int, stage: int, epoch: int, process: int = 0) -> int:
     """The seed of everything random within an epoch except its order."""
-    return derive_seed(seed, _DROPOUT, stage, epoch)
+    return derive_seed(seed, _DROPOUT, stage, epoch, *([process] if process else []))

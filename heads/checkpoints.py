@@ -24,6 +24,7 @@ from mmc.heads.runfiles import (
     HISTORY,
     RECIPE,
     RECORD,
+    TENSORBOARD,
     WEIGHTS,
     write_atomic,
 )
@@ -108,7 +109,8 @@ def clear_run(folder: Path) -> None:
     weights last: without them a card looks like someone's own."""
     for name in (RECORD, CARD, RECIPE, HISTORY, WEIGHTS):
         (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    for name in (CHECKPOINTS, TENSORBOARD):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:

@@ -1,16 +1,25 @@
 """Which device trains, and with which numbers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
+from mmc.heads.distributed import own_device
+from mmc.heads.launch import launched
 from mmc.store.errors import InputError
 
 
 def pick_device(name: str) -> torch.device:
     """The device called ``name``; "auto" is a GPU where there is one.
 
+    Each of several processes that torchrun started gets its own GPU.
+
     Raises:
         InputError: no such device here.
     """
+    if launched() > 1:
+        return own_device(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -34,3 +43,18 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+@contextmanager
+def float32_matmul(dtype: torch.dtype) -> Iterator[None]:
+    """Multiply float32 exactly where ``dtype`` is float32, whatever was set for the process.
+
+    TF32 and the bf16 parts that "high" and "medium" allow would round the factors.
+    """
+    before = torch.get_float32_matmul_precision()
+    if dtype == torch.float32:
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

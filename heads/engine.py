@@ -15,9 +15,21 @@ from torch import Tensor
 from mmc.heads import metrics
 from mmc.heads.batches import Batches, Data, dropout_seed
 from mmc.heads.checkpoints import Checkpoints, pack_optimizer, unpack_optimizer
+from mmc.heads.compiling import compiled, compiler_errors
+from mmc.heads.devices import float32_matmul
+from mmc.heads.distributed import Processes
+from mmc.heads.gradients import Gradients, JoinedGradients
 from mmc.heads.losses.base import Loss
 from mmc.heads.models.base import Batch, Head, Stage
-from mmc.heads.optim import Average, clip, lr_factor, make_optimizer, set_lr, trained_parameters
+from mmc.heads.optim import (
+    Average,
+    clip,
+    lowered,
+    lr_factor,
+    make_optimizer,
+    set_lr,
+    trained_parameters,
+)
 from mmc.heads.options import OptimConfig
 
 ROUND_STEPS = 50
@@ -28,6 +40,7 @@ TIE = 1e-6
 
 State = dict[str, Tensor]
 OnRound = Callable[[dict[str, Any]], None]
+ALONE = Processes()
 
 
 @dataclass
@@ -43,6 +56,8 @@ class Position:
     best_loss: float = math.inf
     rounds_since: int = 0
     """Validations since the best one."""
+    lr_scale: float = 1.0
+    """What plateaus have taken off the learning rate of the stage."""
     train_seconds: float = 0.0
     train_rows: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -60,6 +75,7 @@ class Position:
         self.stage += 1
         self.epoch = self.rounds_since = 0
         self.best_metric, self.best_loss = -math.inf, math.inf
+        self.lr_scale = 1.0
 
 
 class Engine:
@@ -67,6 +83,11 @@ class Engine:
 
     The head ends with the best parameters of the last stage. Stopped at any point and run again
     on the same data from its checkpoint, it ends with the same bits.
+
+    Several processes train one head: each is given its share of ``train``, all the same in
+    everything else; of ``val`` only the main one needs any rows. All end with the same parameters:
+    those of one process, but for rounding and for what is drawn anew for each part of a batch
+    (dropout).
     """
 
     def __init__(
@@ -86,13 +107,15 @@ class Engine:
         window_rows: int = 0,
         checkpoints: Checkpoints | None = None,
         on_round: OnRound | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.head, self.loss = head, loss
         self.train, self.val, self.task = train, val, task
         self.batch_size, self.lr, self.optim, self.seed = batch_size, lr, optim, seed
         self.dtype = dtype
         self.device = train.targets.device
-        self.steps = -(-len(train) // min(batch_size, len(train)))
+        self.processes = processes
+        self.steps = -(-len(train) // (min(batch_size, len(train)) * optim.accumulation))
         self.epochs = epochs or max(DEFAULT_EPOCHS, -(-DEFAULT_STEPS // self.steps))
         self.epochs_per_round = -(-ROUND_STEPS // self.steps)
         self.metric = optim.metric or metrics.HEADLINE[task]
@@ -110,7 +133,7 @@ class Engine:
             self.head.load_state_dict(_part(tensors, "head"))
         stages = self.head.stages()
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), float32_matmul(self.dtype):
             for index in range(self.position.stage, len(stages)):
                 needed = stages[index].needed
                 if needed is None or needed():
@@ -125,6 +148,9 @@ class Engine:
         groups = trained_parameters(self.head, stage.trains)
         parameters = [p for named in groups.values() for p in named.values()]
         optimizer = make_optimizer(groups, self.optim)
+        gradients = self._gradients(parameters)
+        score = stage.score or self.head.score
+        score = compiled(score) if self.optim.compile else score
         average = Average(parameters, self.optim.ema) if self.optim.ema else None
         best: State = {}
         if resumed:
@@ -138,7 +164,8 @@ class Engine:
         while at.epoch < self.epochs and at.rounds_since < patience:
             until = min(at.epoch + self.epochs_per_round, self.epochs)
             started = time.perf_counter()
-            train_loss = self._run_epochs(stage, batches, optimizer, parameters, average, until)
+            with compiler_errors():
+                train_loss = self._run_epochs(score, batches, optimizer, gradients, average, until)
             at.train_seconds += time.perf_counter() - started
             at.train_rows += len(self.train) * (until - at.epoch)
             at.epoch = until
@@ -154,6 +181,7 @@ class Engine:
             if average:
                 average.swap()
             self._note(stage, optimizer, train_loss, metric, val_loss)
+            at.lr_scale = lowered(at.lr_scale, at.rounds_since, self.lr, self.optim)
             self._checkpoint(optimizer, best, average)
         if best:
             self.head.load_state_dict(best)
@@ -171,47 +199,80 @@ class Engine:
         with torch.no_grad():
             self.position.notes.append(f"{stage.name}: {stage.finish(measure)}")
 
+    def _gradients(self, parameters: list[torch.nn.Parameter]) -> Gradients:
+        if self.optim.accumulation == 1 and self.processes.count == 1:
+            return Gradients(parameters)
+        return JoinedGradients(parameters, self.loss, self.processes)
+
     def _run_epochs(
         self,
-        stage: Stage,
+        score: Callable[[Batch], Tensor],
         batches: Batches,
         optimizer: torch.optim.Optimizer,
-        parameters: list[torch.nn.Parameter],
+        gradients: Gradients,
         average: Average | None,
         until: int,
     ) -> float:
         """Train up to epoch ``until``; the mean loss of the steps."""
-        score = stage.score or self.head.score
-        total = torch.zeros((), device=self.device)
-        bf16 = self.dtype == torch.bfloat16
-        rows = 0
+        stage, parts = self.position.stage, self.optim.accumulation
         for epoch in range(self.position.epoch, until):
-            torch.manual_seed(dropout_seed(self.seed, self.position.stage, epoch))
-            step = epoch * self.steps
-            for batch, targets in batches.epoch(self.position.stage, epoch):
-                factor = lr_factor(step, self.epochs * self.steps, self.optim)
-                set_lr(optimizer, self.lr * factor)
-                labels = self.head.select_labels(targets)
-                if labels is not None:
-                    batch, targets = {**batch, "labels": labels}, _known(targets, labels)
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                    logits = score(batch)
-                loss = self.loss(logits, targets)
-                loss.backward()
-                if self.optim.clip_norm:
-                    clip(parameters, self.optim.clip_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-                step += 1
-                if average:
-                    average.update(step)
-                total += loss.detach() * len(targets)
-                rows += len(targets)
-        return float(total) / rows
+            torch.manual_seed(dropout_seed(self.seed, stage, epoch, self.processes.index))
+            step, pending = epoch * self.steps, 0
+            for batch, targets in batches.epoch(stage, epoch):
+                if len(targets):  # else all of this batch is in other processes
+                    self._backward(score, batch, targets, gradients)
+                pending += 1
+                if pending == parts:
+                    self._step(step, optimizer, gradients, average)
+                    step, pending = step + 1, 0
+            if pending:
+                self._step(step, optimizer, gradients, average)
+        return gradients.mean_loss()
+
+    def _backward(
+        self,
+        score: Callable[[Batch], Tensor],
+        batch: Batch,
+        targets: Tensor,
+        gradients: Gradients,
+    ) -> None:
+        labels = self.head.select_labels(targets)
+        if labels is not None:
+            batch, targets = {**batch, "labels": labels}, _known(targets, labels)
+        bf16 = self.dtype == torch.bfloat16
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            logits = score(batch)
+        gradients.add(self.loss(logits, targets), targets)
+
+    def _step(
+        self,
+        step: int,
+        optimizer: torch.optim.Optimizer,
+        gradients: Gradients,
+        average: Average | None,
+    ) -> None:
+        """Take step number ``step`` of the stage."""
+        factor = lr_factor(step, self.epochs * self.steps, self.optim)
+        set_lr(optimizer, self.lr * factor * self.position.lr_scale)
+        gradients.join()
+        if self.optim.clip_norm:
+            clip(gradients.parameters, self.optim.clip_norm)
+        optimizer.step()
+        gradients.clear()
+        if average:
+            average.update(step + 1)
 
     @torch.no_grad()
     def _validate(self, stage: Stage) -> tuple[float, float]:
-        """Metric (NaN where undefined) and loss on the validation rows, in float32."""
+        """Metric (NaN where undefined) and loss on the validation rows, in float32.
+
+        The main process measures, so that all go on alike.
+        """
+        found = self._measure(stage) if self.processes.main else (math.nan, math.nan)
+        metric, loss = self.processes.numbers(found, self.device)
+        return metric, loss
+
+    def _measure(self, stage: Stage) -> tuple[float, float]:
         training = [module for module in self.head.modules() if module.training]
         self.head.eval()
         logits = score_all(stage.score or self.head.score, self.val.blocks())
@@ -249,7 +310,7 @@ class Engine:
         self, optimizer: torch.optim.Optimizer, best: State, average: Average | None
     ) -> None:
         """Save the state if the last checkpoint is old enough."""
-        if not self.checkpoints:
+        if not self.checkpoints or not self.processes.main:
             return
         if time.monotonic() - self._saved_at < self.optim.checkpoint_seconds:
             return

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from mmc.heads.launch import launched_here
 from mmc.store.errors import InputError
 
 SHARE = {"cpu": 0.5}
@@ -46,7 +47,7 @@ def allowed(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * SHARE_ELSEWHERE)
     free = min(psutil.virtual_memory().available, _container_free())
-    return int(free * SHARE.get(device.type, SHARE_ELSEWHERE))
+    return int(free * SHARE.get(device.type, SHARE_ELSEWHERE)) // launched_here()
 
 
 def _container_free() -> float:

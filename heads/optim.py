@@ -49,14 +49,33 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def lr_factor(step: int, total: int, config: OptimConfig) -> float:
-    """Share of the peak learning rate at ``step`` of ``total``: warm-up, then the schedule."""
+    """Share of the peak learning rate at ``step`` of ``total``: warm-up, then the schedule.
+
+    What a plateau takes off is not in it (see `lowered`).
+    """
     warmup = config.warmup * total
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    if config.schedule == "constant":
+    if config.schedule != "cosine":
         return 1.0
     progress = (step - warmup) / max(total - warmup, 1)
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def lowered(scale: float, since: int, lr: float, config: OptimConfig) -> float:
+    """What the plateau schedule multiplies the learning rate by after a validation.
+
+    As torch's ReduceLROnPlateau: lowered after more than ``plateau_patience`` validations in a row
+    without a better one, and counted anew.
+
+    Args:
+        scale: that of before.
+        since: validations since the best one.
+        lr: peak learning rate.
+    """
+    if config.schedule != "plateau" or not since or since % (config.plateau_patience + 1):
+        return scale
+    return min(scale, max(scale * config.plateau_factor, config.min_lr / lr))
 
 
 def clip(parameters: list[nn.Parameter], limit: float) -> None:

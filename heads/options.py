@@ -8,6 +8,7 @@ from typing import Literal
 from mmc.store.errors import InputError
 
 GROUPS = ("head", "loss", "optim")
+TRACKERS = ("tensorboard", "mlflow")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,12 +18,23 @@ class OptimConfig:
     weight_decay: float = 1.0
     """Decoupled weight decay of matrices (biases and norms have none), per unit of learning
     rate."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate after the warm-up: falling to zero along a cosine, or constant."""
+    schedule: Literal["cosine", "constant", "plateau"] = "cosine"
+    """Learning rate after the warm-up: falling to zero along a cosine, constant, or lowered
+    whenever validation has stopped improving (plateau)."""
+    plateau_factor: float = 0.3
+    """What the plateau schedule multiplies the learning rate by."""
+    plateau_patience: int = 2
+    """Validations in a row without a better one that the plateau schedule lets pass; the next one
+    lowers the rate, as torch's ReduceLROnPlateau does."""
+    min_lr: float = 0.0
+    """The plateau schedule goes no lower."""
     warmup: float = 0.02
     """Share of all steps in which the learning rate rises from zero."""
     clip_norm: float = 1.0
     """Gradients longer than this are shortened to it; 0 = off."""
+    accumulation: int = 1
+    """Batches per step: the gradient is that of so many batches joined, in the memory of one. Only
+    heads that draw the labels of a batch (dm_decoder) draw anew for each."""
     ema: float = 0.0
     """Decay per step of a running average of the parameters, which is then what is validated and
     kept; 0 = off."""
@@ -35,16 +47,28 @@ class OptimConfig:
     auroc for binary, macro_f1 for multiclass. The validation loss breaks ties."""
     checkpoint_seconds: float = 20.0
     """Least time between checkpoints; 0 = one after every validation. What a kill can cost."""
+    compile: bool = False
+    """Compile what the head computes while training (torch.compile): takes from seconds to a minute
+    per stage and needs a compiler; pays in long trainings of heads with many small operations."""
 
     def __post_init__(self) -> None:
-        for name in ("weight_decay", "clip_norm", "checkpoint_seconds"):
+        for name in ("weight_decay", "clip_norm", "checkpoint_seconds", "min_lr"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"optim.{name} must be 0 or more, got {getattr(self, name)}")
         for name in ("warmup", "ema", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"optim.{name} must be in [0, 1), got {getattr(self, name)}")
-        if self.patience < 0:
-            raise InputError(f"optim.patience must be 0 or more, got {self.patience}")
+        for name, least in (("patience", 0), ("plateau_patience", 0), ("accumulation", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"optim.{name} must be {least} or more, got {getattr(self, name)}")
+        if not 0 < self.plateau_factor < 1:
+            raise InputError(f"optim.plateau_factor must be in (0, 1), got {self.plateau_factor}")
+        if self.schedule == "plateau" and 0 < self.patience <= self.plateau_patience + 1:
+            raise InputError(
+                f"optim.plateau_patience={self.plateau_patience} lowers the learning rate when "
+                f"optim.patience={self.patience} has ended the training; make the one smaller or "
+                "the other larger"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +83,8 @@ class TrainConfig:
     """Name of the loss (`mmc list losses`); default: bce for multilabel, ce for one label per
     sample."""
     batch_size: int | None = None
-    """Samples per step; default: about 100 steps an epoch, between 32 and 4,096 on a CPU or
-    65,536 on a GPU."""
+    """Samples per batch, of all processes together; default: about 100 steps an epoch, between 32
+    and 4,096 on a CPU or 65,536 on a GPU."""
     epochs: int | None = None
     """Most passes over the training rows, per stage; default: 30, and more where an epoch has
     fewer than 100 steps. Early stopping usually ends it before."""
@@ -74,9 +98,12 @@ class TrainConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto = a GPU where there is one."""
     max_memory: str | None = None
-    """Memory that training data may take, such as 8G; what needs more is read from the store again
-    in every epoch, shuffled by windows. Default: half of what is free (three quarters on a
-    GPU)."""
+    """Memory that training data may take in each process, such as 8G; what needs more is read from
+    the store again in every epoch, shuffled by windows. Default: half of what is free (three
+    quarters on a GPU)."""
+    track: tuple[str, ...] = ()
+    """Log to these: tensorboard (into RUN/tensorboard), mlflow (to $MLFLOW_TRACKING_URI, else into
+    the folder mlruns beside the run). They need `pip install 'mmc[tracking]'`."""
     settings: tuple[str, ...] = ()
     """Settings of the head, the loss and the optimiser: ``group.key=value``, such as
     ``head.hidden=1024``, ``loss.pos_weight=auto`` or ``optim.weight_decay=0.1``."""
@@ -94,6 +121,9 @@ class TrainConfig:
             raise InputError(f"--seed must be in [0, 2^63), got {self.seed}")
         if self.precision not in ("auto", "bf16", "float32"):
             raise InputError(f"--precision must be auto, bf16 or float32, got {self.precision!r}")
+        for name in self.track:
+            if name not in TRACKERS:
+                raise InputError(f"--track {name}: choose from {', '.join(TRACKERS)}")
         parse_set(self.settings)
 
 

@@ -7,6 +7,7 @@ history.csv        one row per epoch
 README.md          model card
 recipe.yaml        the recipe that trained it, where `mmc run` did
 checkpoints/       the trainer's
+tensorboard/       with --track tensorboard
 """
 
 import contextlib
@@ -24,13 +25,14 @@ from mmc.heads.metrics import HEADLINE
 from mmc.store.errors import FormatVersionError, InputError, MmcError
 
 FORMAT = 1
-WEIGHTS, RECORD, HISTORY, CARD, CHECKPOINTS, RECIPE = (
+WEIGHTS, RECORD, HISTORY, CARD, CHECKPOINTS, RECIPE, TENSORBOARD = (
     "head.safetensors",
     "run.json",
     "history.csv",
     "README.md",
     "checkpoints",
     "recipe.yaml",
+    "tensorboard",
 )
 
 PLAIN_KEYS = (
@@ -74,7 +76,7 @@ def check_output(path: str | Path) -> Path:
     """
     folder = Path(path)
     if folder.is_dir():
-        ours = {WEIGHTS, RECORD, HISTORY, CARD, CHECKPOINTS, RECIPE}
+        ours = {WEIGHTS, RECORD, HISTORY, CARD, CHECKPOINTS, RECIPE, TENSORBOARD}
         others = sorted(p.name for p in folder.iterdir() if p.name not in ours)
         others = [name for name in others if not name.endswith(".partial")]
         # A README.md alone is someone's project, not a run.

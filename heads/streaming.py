@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from mmc.heads.batches import (
+    ALONE,
     BLOCK_BYTES,
     Gather,
     Reader,
     Rows,
+    Share,
     derive_seed,
     order_generator,
     stored_bytes,
@@ -62,7 +64,9 @@ class StreamedData:
         head: its ``prepare`` is applied to every block that is read.
         device: where windows lie.
         dtype: of prepared floats.
-        window_rows: most rows in a window (a block more where blocks are larger).
+        window_rows: most rows in a window (a block more where blocks are larger), of all processes
+            together.
+        share: what this process reads of every block.
     """
 
     def __init__(
@@ -76,8 +80,9 @@ class StreamedData:
         device: torch.device,
         dtype: torch.dtype,
         window_rows: int,
+        share: Share = ALONE,
     ) -> None:
-        self.targets = targets
+        self.targets, self.share = targets, share
         self.window_rows = window_rows
         self.device, self.dtype = device, dtype
         self._head = head
@@ -122,21 +127,40 @@ class StreamedBatches:
         """See :class:`mmc.heads.batches.Batches`."""
         generator = order_generator(self.seed, stage, epoch)
         gather: Gather | None = None
-        filled = 0
-        with self._read_ahead(self.plan(stage, epoch)) as windows:
-            for window in windows:
+        # Rows of the batch so far, and those of them that are here.
+        rows = filled = 0
+        plan = self.plan(stage, epoch)
+        with self._read_ahead(plan) as windows:
+            for blocks, window in zip(plan, windows, strict=True):
                 gather = gather or Gather(window.inputs, window.targets, self.batch_size)
-                order = torch.randperm(window.size, generator=generator).to(self.data.device)
-                at = 0
-                while at < window.size:
-                    index = order[at : at + self.batch_size - filled]
+                for index, size in self._parts(blocks, rows, generator):
                     gather.fill(filled, window.inputs, window.targets, index)
-                    at, filled = at + len(index), filled + len(index)
-                    if filled == self.batch_size:
+                    rows, filled = rows + size, filled + len(index)
+                    if rows == self.batch_size:
                         yield gather.batch(filled)
-                        filled = 0
-            if gather is not None and filled:
+                        rows = filled = 0
+            if gather is not None and rows:
                 yield gather.batch(filled)
+
+    def _parts(
+        self, blocks: list[tuple[int, int]], rows: int, generator: torch.Generator
+    ) -> Iterator[tuple[Tensor, int]]:
+        """A window batch by batch: places of the rows that are here, and how many there are in all.
+
+        Args:
+            rows: that the first batch has already.
+        """
+        own = None if self.data.share == ALONE else _places(blocks, self.data.share)
+        order = torch.randperm(sum(last - first for first, last in blocks), generator=generator)
+        order = order.to(self.data.device) if own is None else order
+        first = min(self.batch_size - rows, len(order))
+        for part in (order[:first], *order[first:].split(self.batch_size)):
+            index = part
+            if own is not None:
+                index = own[part]
+                index = index[index >= 0].to(self.data.device)
+            if len(part):
+                yield index, len(part)
 
     def plan(self, stage: int, epoch: int) -> list[list[tuple[int, int]]]:
         """The blocks of each window of an epoch, ascending within the window."""
@@ -204,6 +228,8 @@ class StreamedBatches:
             # Windows of other epochs hold other blocks: up to one block more.
             largest = max(largest, min(self.data.window_rows, len(self.data)))
             largest = min(largest + max(b - a for a, b in self.data.reader.blocks), len(self.data))
+            # A share of a block may be a row larger than the others'.
+            largest = min(largest, largest // self.data.share.count + len(self.data.reader.blocks))
             first = self.data.reader.blocks[0]
             sample = self.data.prepared((first[0], first[0] + 1))
             keys = self.reads if self.reads is not None else sample
@@ -233,10 +259,21 @@ class StreamedBatches:
 
     def _copy(self, window: Window, blocks: list[tuple[int, int]]) -> None:
         window.size = 0
-        for first, last in blocks:
+        for first, last in map(self.data.share.block, blocks):
             place = slice(window.size, window.size + last - first)
             prepared = self.data.prepared((first, last))
             for key, values in window.inputs.items():
                 values[place] = prepared[key]
             window.targets[place] = self.data.targets[first:last]
             window.size = place.stop
+
+
+def _places(blocks: list[tuple[int, int]], share: Share) -> Tensor:
+    """Of every row of a window its place among those that are here, or -1; int64."""
+    places = torch.full((sum(last - first for first, last in blocks),), -1)
+    start = here = 0
+    for block in blocks:
+        first, last = (row - block[0] + start for row in share.block(block))
+        places[first:last] = torch.arange(here, here + last - first)
+        start, here = start + block[1] - block[0], here + last - first
+    return places

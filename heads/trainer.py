@@ -1,6 +1,7 @@
 """From a store to a finished run: choose rows, load, train, tune thresholds, measure, save."""
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from mmc.heads.checkpoints import Checkpoints, claimed, clear_run
 from mmc.heads.engine import Position
 from mmc.heads.options import TrainConfig
 from mmc.heads.runfiles import RECORD, check_output
+from mmc.heads.trackers import tracking
 from mmc.heads.training import Progress, Report, Setup
 from mmc.store.errors import InputError
 
@@ -30,7 +32,7 @@ class TrainReport:
     rows: dict[str, int]
     """Rows used of each split."""
     metrics: dict[str, dict[str, Any]]
-    """Split -> metrics at the tuned thresholds."""
+    """Split -> metrics at the tuned thresholds; of several processes only the main one measures."""
     epochs: int
     """Passes over the training rows, all stages together."""
     seconds: float
@@ -57,7 +59,8 @@ def train(
     """Train a head on ``store`` and write the run to ``run_path``.
 
     An unfinished training in that folder is continued, and ends in the same weights as one that
-    was never stopped.
+    was never stopped. Under torchrun all processes call this alike and train together; the main one
+    reports, measures and writes.
 
     Args:
         recipe: text of the recipe that this training is a step of; it is kept in the run.
@@ -85,10 +88,15 @@ def _train(
     started = time.perf_counter()
     setup = Setup(store, config)
     folder = _output_folder(run_path, config.overwrite)
-    with claimed(folder):
-        _output_folder(run_path, config.overwrite)  # another training may have ended meanwhile
-        if config.overwrite:
-            clear_run(folder)
+    main = setup.processes.main
+    if not main:
+        report, progress = _silent, _silent
+    with claimed(folder) if main else nullcontext():
+        if main:
+            _output_folder(run_path, config.overwrite)  # another training may have ended meanwhile
+            if config.overwrite:
+                clear_run(folder)
+        setup.processes.wait()
         return _train_into(folder, setup, recipe, report, progress, started)
 
 
@@ -112,26 +120,32 @@ def _train_into(
         place = replace(place, window_rows=found[1]["window_rows"])
     if place.window_rows:
         report(memory.describe(place))
-    try:
-        position = setup.fit(head, loss, checkpoints, place, progress)
-    except KeyboardInterrupt:
-        kept = checkpoints.path.exists()
-        report(
-            f"interrupted; the same command goes on from the checkpoint in {folder}"
-            if kept
-            else "interrupted before the first checkpoint; nothing is kept"
-        )
-        raise
-    for line in [*stage_lines(position), *position.notes]:
-        report(line)
-    run = setup.run(head, position)
-    run.recipe_text = recipe
-    measured = setup.measure(run)
-    seconds = time.perf_counter() - started
-    run.training = effort(setup, position, seconds)
-    run.save(folder)
-    checkpoints.remove()
-    report(f"the run is in {folder}; its README.md says how good it is and how to use it")
+    history = found[1]["history"] if found else []
+    with tracking(setup, folder, history, report) as trackers:
+        try:
+            position = setup.fit(head, loss, checkpoints, place, progress)
+        except KeyboardInterrupt:
+            kept = checkpoints.path.exists()
+            report(
+                f"interrupted; the same command goes on from the checkpoint in {folder}"
+                if kept
+                else "interrupted before the first checkpoint; nothing is kept"
+            )
+            raise
+        for line in [*stage_lines(position), *position.notes]:
+            report(line)
+        run = setup.run(head, position)
+        run.recipe_text = recipe
+        measured: dict[str, dict[str, Any]] = {}
+        if setup.processes.main:
+            measured = setup.measure(run)
+        seconds = time.perf_counter() - started
+        run.training = effort(setup, position, seconds)
+        if setup.processes.main:
+            run.save(folder)
+            checkpoints.remove()
+            trackers.finish(run)
+            report(f"the run is in {folder}; its README.md says how good it is and how to use it")
     return TrainReport(
         run=run,
         features=setup.features,
@@ -161,6 +175,10 @@ def effort(setup: Setup, position: Position, seconds: float) -> dict[str, Any]:
         "lr": setup.lr,
         "device": str(setup.device),
     }
+
+
+def _silent(*_: Any) -> None:
+    """Told by a process that is not the main one."""
 
 
 def stage_lines(position: Position) -> list[str]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,10 +11,19 @@ from torch import Tensor
 
 from mmc.heads import memory, metrics, splits, thresholds
 from mmc.heads.artifact import Run
-from mmc.heads.batches import Data, ResidentData, derive_seed, load_prepared, raw_blocks
+from mmc.heads.batches import (
+    ALONE,
+    Data,
+    ResidentData,
+    Share,
+    derive_seed,
+    load_prepared,
+    raw_blocks,
+)
 from mmc.heads.checkpoints import Checkpoints
 from mmc.heads.devices import pick_device, training_dtype
-from mmc.heads.engine import Engine, Position
+from mmc.heads.distributed import join
+from mmc.heads.engine import Engine, OnRound, Position
 from mmc.heads.featureref import FeatureRef
 from mmc.heads.features import resolve
 from mmc.heads.losses import GROUP as LOSS_GROUP
@@ -67,6 +76,10 @@ class Setup:
         self.head_config = self._head_config(settings.get("head", {}))
         _check_metric(self.optim.metric, store.task)
         self.device = pick_device(config.device)
+        self.processes = join(self.device)
+        self.on_round: OnRound = lambda row: None
+        """Told the rows of the history as they come."""
+        self.share = Share(self.processes.index, self.processes.count)
         self.dtype = training_dtype(config.precision, self.device)
         self.features = resolve(store, config.features, self.head_class, config.head)
         self.refs = {role: FeatureRef.of(store, name) for role, name in self.features.items()}
@@ -77,17 +90,16 @@ class Setup:
         trial = self._new_head()
         self.trains = bool(trial.stages())
         self.splits = splits.choose(store, list(self.features.values()), trains=self.trains)
+        rows, parts = len(self.splits.train), self.optim.accumulation
         self.batch_size = config.batch_size or default_batch(
-            len(self.splits.train), self.device, trial.largest_batch
+            rows // parts, self.device, trial.largest_batch
         )
-        self.lr = config.lr or default_lr(
-            trial.learning_rate, self.batch_size, len(self.splits.train)
-        )
+        self.lr = config.lr or default_lr(trial.learning_rate, self.batch_size * parts, rows)
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued."""
         config = asdict(self.config)
-        del config["overwrite"]
+        del config["overwrite"], config["track"]
         config["settings"] = {
             "head": asdict(self.head_config),
             "loss": asdict(self.loss_config),
@@ -95,6 +107,8 @@ class Setup:
         }
         config |= {"loss": self.loss_name, "batch_size": self.batch_size, "lr": self.lr}
         config |= {"device": str(self.device), "precision": str(self.dtype)}
+        if self.processes.count > 1:
+            config |= {"device": self.device.type, "processes": self.processes.count}
         del config["settings"]["optim"]["checkpoint_seconds"]
         if self.text_alias:
             prompt = self.store.label_prompt(self.text_alias)
@@ -120,6 +134,7 @@ class Setup:
                 head.set_prior(loss.prior())
                 head.fit_labels(*self._label_rows())
                 head.load_weights()
+        self.processes.share(head.state_dict().values())
         return head, loss
 
     def fit(
@@ -131,19 +146,22 @@ class Setup:
         progress: Progress,
     ) -> Position:
         """Load what the head reads, or as much of it as there is room for, and train it."""
-        kept = self._resident(head, _spaced(self.splits.val, place.val_rows), torch.float32)
+        val_rows = self.splits.val if self.processes.main else self.splits.val[:0]
+        kept = self._resident(head, _spaced(val_rows, place.val_rows), torch.float32)
         val: Data = kept
-        if len(kept) < len(self.splits.val):
-            val = self._streamed(head, self.splits.val, torch.float32, place.window_rows)
+        if len(kept) < len(val_rows):
+            val = self._streamed(head, val_rows, torch.float32, place.window_rows)
         position = Position()
         if self.trains:
             position = Engine(
                 head,
                 loss,
                 train=(
-                    self._streamed(head, self.splits.train, self.dtype, place.window_rows)
+                    self._streamed(
+                        head, self.splits.train, self.dtype, place.window_rows, self.share
+                    )
                     if place.window_rows
-                    else self._resident(head, self.splits.train, self.dtype)
+                    else self._resident(head, self.splits.train, self.dtype, self.share)
                 ),
                 val=val,
                 task=self.store.task,
@@ -155,7 +173,8 @@ class Setup:
                 dtype=self.dtype,
                 window_rows=place.window_rows,
                 checkpoints=checkpoints,
-                on_round=lambda row: progress(row["stage"], row["epoch"], row["epochs"]),
+                on_round=lambda row: self._told(row, progress),
+                processes=self.processes,
             ).run()
         if len(kept):
             head.eval()
@@ -164,7 +183,12 @@ class Setup:
                     kept.inputs, kept.targets, self.store.task, self.optim.metric
                 )
             position.notes += [said] if said else []
+        self.processes.share(head.state_dict().values())
         return position
+
+    def _told(self, row: dict[str, Any], progress: Progress) -> None:
+        progress(row["stage"], row["epoch"], row["epochs"])
+        self.on_round(row)
 
     def run(self, head: Head, position: Position) -> Run:
         """The run, not yet measured."""
@@ -286,20 +310,32 @@ class Setup:
                 floats += values.numel()
             else:
                 others += values.nbytes
-        return memory.plan(
-            train=(len(self.splits.train), floats * self.dtype.itemsize + others),
+        row = floats * self.dtype.itemsize + others
+        plan = memory.plan(
+            train=(len(self.splits.train), -(-row // self.processes.count)),
             val=(len(self.splits.val), floats * torch.float32.itemsize + others),
             budget=memory.parse_size(limit) if limit else memory.allowed(self.device),
             batch_size=self.batch_size,
             windows=WINDOWS,
         )
+        # The order of the rows depends on it, and so it is the main process's.
+        (window_rows,) = self.processes.numbers([plan.window_rows], self.device)
+        return replace(plan, window_rows=int(window_rows))
 
-    def _resident(self, head: Head, rows: splits.Rows, dtype: torch.dtype) -> ResidentData:
-        inputs = load_prepared(self.store, self.features, rows, head, self.device, dtype)
-        return ResidentData(inputs=inputs, targets=self._targets(rows))
+    def _resident(
+        self, head: Head, rows: splits.Rows, dtype: torch.dtype, share: Share = ALONE
+    ) -> ResidentData:
+        own = share.rows(rows)
+        inputs = load_prepared(self.store, self.features, own, head, self.device, dtype)
+        return ResidentData(inputs=inputs, targets=self._targets(own), share=share, size=len(rows))
 
     def _streamed(
-        self, head: Head, rows: splits.Rows, dtype: torch.dtype, window_rows: int
+        self,
+        head: Head,
+        rows: splits.Rows,
+        dtype: torch.dtype,
+        window_rows: int,
+        share: Share = ALONE,
     ) -> StreamedData:
         return StreamedData(
             self.store,
@@ -310,6 +346,7 @@ class Setup:
             device=self.device,
             dtype=dtype,
             window_rows=window_rows,
+            share=share,
         )
 
     def _targets(self, rows: splits.Rows) -> Tensor:

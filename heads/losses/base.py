@@ -47,6 +47,24 @@ class Loss(nn.Module):
         """
         raise NotImplementedError
 
+    def divisor(self, targets: Tensor) -> Tensor | None:
+        """What ``forward`` divides the sum over a batch by, a scalar; None where it does not.
+
+        Joins parts of a batch: their values times their divisors, summed, over the sum of the
+        divisors, is the value of the whole. This is that of a loss whose ``reduction`` means what
+        `reduced` says.
+
+        Args:
+            targets: as in ``forward``.
+        """
+        reduction = getattr(self.config, "reduction", "mean")
+        if reduction == "sum":
+            return None
+        known = targets >= 0
+        if reduction == "sum_per_sample_mean":
+            known = known.any(1)
+        return known.sum().float()
+
     def prior(self) -> Tensor:
         """The constant logits (C,) that minimise the loss on the training rows."""
         raise NotImplementedError

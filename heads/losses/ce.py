@@ -6,6 +6,7 @@ With class weights the mean divides by the sum of the weights of the rows' class
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -83,11 +84,20 @@ class CE(Loss):
         )
         if self.config.reduction == "sum":
             return total
-        known = (targets >= 0).to(logits.dtype)
-        if weights is not None:
-            known = known * weights[targets.clamp(min=0)]
         # Not reduction="mean": a batch without known rows is 0, not NaN.
-        return total / known.sum().clamp(min=1e-12)
+        return total / self._known_weight(targets, logits.dtype).clamp(min=1e-12)
+
+    def divisor(self, targets: Tensor) -> Tensor | None:
+        if self.config.reduction == "sum":
+            return None
+        return self._known_weight(targets, torch.float32)
+
+    def _known_weight(self, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        """Sum of the weights of the known rows."""
+        known = (targets >= 0).to(dtype)
+        if self.weighted:
+            known = known * self.weights.to(dtype)[targets.clamp(min=0)]
+        return known.sum()
 
     def prior(self) -> Tensor:
         return self.best_constant
