@@ -44,9 +44,10 @@ class Tracker:
     """What to tell the user."""
 
     def __init__(self, backend: Any, parameters: Mapping[str, Any]) -> None:
+        from accelerate import PartialState
+
+        PartialState()  # its trackers and its log need one
         self._backend = backend
-        # Only the main process makes one; Accelerate need not ask which it is.
-        backend.main_process_only = False
         backend.start()
         backend.store_init_configuration(dict(parameters))
 
