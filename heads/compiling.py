@@ -12,7 +12,12 @@ from mmc.store.errors import MmcError
 
 
 def compiled(score: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
-    """The same function; its first calls with a batch of another size take long."""
+    """The same function; its first calls with a batch of another size take long.
+
+    What was compiled before is forgotten: after some heads of one class torch would go on without
+    compiling, and this one is what is needed now.
+    """
+    torch.compiler.reset()
     faster: Callable[[Batch], Tensor] = torch.compile(score)
     return faster
 

@@ -41,6 +41,11 @@ SMALL: dict[str, dict[str, Any]] = {
 ROWS, LABELS = 40, 5
 
 heads = pytest.mark.parametrize("entry", entries(HEADS, HEAD_GROUP), ids=lambda e: e.name)
+pooled_heads = pytest.mark.parametrize(
+    "entry",
+    [e for e in entries(HEADS, HEAD_GROUP) if not load_entry(e).needs],
+    ids=lambda e: e.name,
+)
 losses = pytest.mark.parametrize("entry", entries(LOSSES, LOSS_GROUP), ids=lambda e: e.name)
 
 
@@ -87,21 +92,23 @@ def make_batch(head: Head, rows: int = ROWS, seed: int = 1) -> dict[str, Tensor]
     return batch
 
 
-def train(head: Head, entry_loss: Any, steps: int = 6) -> Head:
+def train(
+    head: Head, entry_loss: Any, steps: int = 6, rows: int = ROWS, batch_size: int = 16
+) -> Head:
     """A few epochs of the real engine on fixed data."""
-    batch = make_batch(head)
+    batch = make_batch(head, rows)
     head.fit_inputs([batch])
     with torch.no_grad():
         prepared = {key: value.clone() for key, value in head.prepare(batch).items()}
     g = torch.Generator().manual_seed(2)
     multilabel = "multilabel" in entry_loss.tasks
     if multilabel:
-        targets = (torch.rand(ROWS, head.num_labels, generator=g) < 0.4).to(torch.int8)
+        targets = (torch.rand(rows, head.num_labels, generator=g) < 0.4).to(torch.int8)
         counts = targets.sum(0).double()
     else:
-        targets = torch.randint(head.num_labels, (ROWS,), generator=g)
+        targets = torch.randint(head.num_labels, (rows,), generator=g)
         counts = torch.bincount(targets, minlength=head.num_labels).double()
-    loss = entry_loss(entry_loss.Config(), counts, torch.full_like(counts, ROWS))
+    loss = entry_loss(entry_loss.Config(), counts, torch.full_like(counts, rows))
     data = ResidentData(inputs=prepared, targets=targets)
     Engine(
         head,
@@ -109,7 +116,7 @@ def train(head: Head, entry_loss: Any, steps: int = 6) -> Head:
         train=data,
         val=data,
         task="multilabel" if multilabel else "multiclass",
-        batch_size=16,
+        batch_size=batch_size,
         epochs=steps,
         lr=0.01,
         optim=OptimConfig(),
@@ -231,6 +238,16 @@ def test_the_same_seed_gives_the_same_weights(entry):
         return
     untrained = make_head(entry).state_dict()
     assert any(not torch.equal(first[key], untrained[key]) for key in first)
+
+
+@pooled_heads
+def test_a_batch_of_65536_trains(entry):
+    """What it learns is finite, and not what it started from."""
+    untrained = make_head(entry).state_dict()
+    head = train(make_head(entry), bce_class(), steps=1, rows=70_000, batch_size=65_536)
+    assert all(v.isfinite().all() for v in head.state_dict().values() if v.is_floating_point())
+    if head.stages():
+        assert any(not torch.equal(v, untrained[k]) for k, v in head.state_dict().items())
 
 
 @heads

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -72,7 +71,12 @@ for name, config in json.loads(sys.argv[3]).items():
     state = {key: value.tolist() for key, value in report.run.state.items()}
     (out / f"{name}.{'main' if is_main() else 'other'}.json").write_text(json.dumps(state))
 assert bool(said) == is_main()
+
+from mmc import cli
+sys.argv = ["mmc", "train-head", sys.argv[1], str(out / "printed"), *sys.argv[4:]]
+cli.main()
 """
+CLI = ("--head", "mlp", "--epochs", "2", "--device", "cpu", "--json")
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess:
@@ -89,7 +93,10 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_two_processes_give_the_weights_of_one(make_store: Callable, tmp_path, monkeypatch):
-    """In float32 and without dropout, to 1e-5: sums of two parts round unlike one sum."""
+    """In float32 and without dropout, to 1e-5: sums of two parts round unlike one sum.
+
+    Only the main process prints and writes.
+    """
     monkeypatch.setattr(batches, "MIN_BLOCK_ROWS", 3)
     store = make_store()
     cases = {name: {**PLAIN, **case} for name, case in CASES.items()}
@@ -98,8 +105,11 @@ def test_two_processes_give_the_weights_of_one(make_store: Callable, tmp_path, m
     child = tmp_path / "child.py"
     child.write_text(CHILD, encoding="utf-8")
     (tmp_path / "two").mkdir()
-    ended = torchrun(str(child), store.path, str(tmp_path / "two"), sent)
+    ended = torchrun(str(child), store.path, str(tmp_path / "two"), sent, *CLI)
     assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["metrics"]["test"]
+    assert ended.stderr.count("the run is in") == 1
+    assert Run.load(tmp_path / "two" / "printed").train_config["processes"] == 2
     for name, case in {**cases, "streamed": {**streamed, "max_memory": ALONE}}.items():
         said: list[str] = []
         one = train(store, tmp_path / name, TrainConfig(**case), report=said.append).run
@@ -117,16 +127,6 @@ def test_two_processes_give_the_weights_of_one(make_store: Callable, tmp_path, m
             for who in ("main", "other")
         )
         assert main == other, name
-
-
-def test_only_the_main_process_prints_and_writes(make_store: Callable, tmp_path: Path):
-    store = make_store("binary")
-    options = ["--head", "mlp", "--epochs", "2", "--device", "cpu", "--json"]
-    ended = torchrun("-m", "mmc.cli", "train-head", store.path, str(tmp_path / "run"), *options)
-    assert ended.returncode == 0, ended.stderr
-    assert json.loads(ended.stdout)["metrics"]["test"]
-    assert ended.stderr.count("the run is in") == 1
-    assert Run.load(tmp_path / "run").train_config["processes"] == 2
 
 
 # -- without torchrun ------------------------------------------------------------------------------

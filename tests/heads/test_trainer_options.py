@@ -8,7 +8,14 @@ import torch
 from mmc.heads.checkpoints import differences, pack_optimizer, unpack_optimizer
 from mmc.heads.devices import pick_device, training_dtype
 from mmc.heads.engine import Position
-from mmc.heads.optim import Average, lr_factor, make_optimizer, set_lr, trained_parameters
+from mmc.heads.optim import (
+    Average,
+    lowered,
+    lr_factor,
+    make_optimizer,
+    set_lr,
+    trained_parameters,
+)
 from mmc.heads.options import OptimConfig, TrainConfig, parse_set
 from mmc.store.config import field_docs
 from mmc.store.errors import InputError
@@ -63,6 +70,11 @@ def test_training_settings_are_checked(changes, says):
         {"patience": -1},
         {"clip_norm": math.nan},
         {"checkpoint_seconds": -1},
+        {"accumulation": 0},
+        {"plateau_factor": 1.0},
+        {"plateau_patience": -1},
+        {"min_lr": math.nan},
+        {"plateau_patience": 2, "patience": 3, "schedule": "plateau"},
     ],
 )
 def test_optimiser_settings_are_checked(changes):
@@ -88,9 +100,49 @@ def test_the_learning_rate_rises_and_falls():
     assert 0 < factors[99] < 0.001
 
 
-def test_a_constant_learning_rate_stays():
-    config = OptimConfig(schedule="constant", warmup=0.0)
+@pytest.mark.parametrize("schedule", ["constant", "plateau"])
+def test_a_constant_learning_rate_stays(schedule):
+    config = OptimConfig(schedule=schedule, warmup=0.0)
     assert [lr_factor(step, 10, config) for step in range(10)] == [1.0] * 10
+
+
+@pytest.mark.parametrize("patience", [0, 1, 3])
+@pytest.mark.parametrize("min_lr", [0.0, 0.004])
+def test_a_plateau_lowers_the_rate_as_in_torch(patience, min_lr):
+    """The reference is ReduceLROnPlateau without its threshold: ours knows what is better."""
+    peak = 0.1
+    config = OptimConfig(
+        schedule="plateau",
+        plateau_factor=0.2,
+        plateau_patience=patience,
+        min_lr=min_lr,
+        patience=0,
+    )
+    torch.manual_seed(patience)
+    metrics = (torch.rand(60) + torch.linspace(0, 0.5, 60)).tolist()
+    theirs = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        theirs,
+        mode="max",
+        factor=0.2,
+        patience=patience,
+        threshold=0.0,
+        min_lr=min_lr,
+        eps=0.0,
+    )
+    best, since, scale, rates = -math.inf, 0, 1.0, []
+    for metric in metrics:
+        since = 0 if metric > best else since + 1
+        best = max(metric, best)
+        scale = lowered(scale, since, peak, config)
+        scheduler.step(metric)
+        rates.append(theirs.param_groups[0]["lr"])
+        assert peak * scale == pytest.approx(rates[-1])
+    assert len(set(rates)) > 2
+
+
+def test_other_schedules_have_no_plateaus():
+    assert lowered(1.0, 3, 0.1, OptimConfig(schedule="constant", plateau_patience=2)) == 1.0
 
 
 # -- optimiser -------------------------------------------------------------------------------------
