@@ -46,15 +46,16 @@ def has_bf16(device: torch.device) -> bool:
 
 
 @contextmanager
-def float32_matmul(dtype: torch.dtype) -> Iterator[None]:
-    """Multiply float32 exactly where ``dtype`` is float32, whatever was set for the process.
+def precise(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Leave the precision to us: no autocast from outside, and float32 is float32 if asked for.
 
-    TF32 and the bf16 parts that "high" and "medium" allow would round the factors.
+    TF32 and the bf16 parts that "high" and "medium" allow would round the factors of products.
     """
     before = torch.get_float32_matmul_precision()
     if dtype == torch.float32:
         torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
         torch.set_float32_matmul_precision(before)

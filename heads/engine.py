@@ -16,7 +16,7 @@ from mmc.heads import metrics
 from mmc.heads.batches import Batches, Data, dropout_seed
 from mmc.heads.checkpoints import Checkpoints, pack_optimizer, unpack_optimizer
 from mmc.heads.compiling import compiled, compiler_errors
-from mmc.heads.devices import float32_matmul
+from mmc.heads.devices import precise
 from mmc.heads.distributed import Processes
 from mmc.heads.gradients import Gradients, JoinedGradients
 from mmc.heads.losses.base import Loss
@@ -133,7 +133,7 @@ class Engine:
             self.head.load_state_dict(_part(tensors, "head"))
         stages = self.head.stages()
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), float32_matmul(self.dtype):
+        with torch.random.fork_rng(devices), precise(self.dtype, self.device):
             for index in range(self.position.stage, len(stages)):
                 needed = stages[index].needed
                 if needed is None or needed():
@@ -240,7 +240,8 @@ class Engine:
         if labels is not None:
             batch, targets = {**batch, "labels": labels}, _known(targets, labels)
         bf16 = self.dtype == torch.bfloat16
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+        # Its cache outlives a step inside another autocast, with weights that have changed since.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             logits = score(batch)
         gradients.add(self.loss(logits, targets), targets)
 

@@ -33,8 +33,8 @@ class OptimConfig:
     clip_norm: float = 1.0
     """Gradients longer than this are shortened to it; 0 = off."""
     accumulation: int = 1
-    """Batches per step: the gradient is that of so many batches joined, in the memory of one. Only
-    heads that draw the labels of a batch (dm_decoder) draw anew for each."""
+    """Batches per step: the gradient is that of so many batches joined, in the memory of one. What
+    is drawn for a batch (dropout, labels to score) is drawn for each of them."""
     ema: float = 0.0
     """Decay per step of a running average of the parameters, which is then what is validated and
     kept; 0 = off."""
@@ -48,8 +48,9 @@ class OptimConfig:
     checkpoint_seconds: float = 20.0
     """Least time between checkpoints; 0 = one after every validation. What a kill can cost."""
     compile: bool = False
-    """Compile what the head computes while training (torch.compile): takes from seconds to a minute
-    per stage and needs a compiler; pays in long trainings of heads with many small operations."""
+    """Compile what the head computes while training (torch.compile): from seconds to minutes per
+    stage, and it needs a compiler. Try it before relying on it: on a CPU of two cores no head became
+    faster."""
 
     def __post_init__(self) -> None:
         for name in ("weight_decay", "clip_norm", "checkpoint_seconds", "min_lr"):

@@ -3,14 +3,17 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from mmc.heads import devices
 from mmc.heads.artifact import Run
 from mmc.heads.devices import training_dtype
+from mmc.heads.metrics import score
 from mmc.heads.models.linear import Linear
 from mmc.heads.options import TrainConfig
+from mmc.heads.splits import targets as targets_of
 from mmc.heads.trainer import train
 from mmc.store import EmbeddingStore
 from mmc.store.errors import MmcError
@@ -46,8 +49,9 @@ def same_bits(a: Path, b: Path) -> bool:
 
 def test_a_plateau_lowers_the_rate_of_its_stage(make_store: Callable, tmp_path):
     """Labels of noise soon stop improving; each stage starts at the full rate."""
-    settings = ("optim.schedule=plateau", "optim.plateau_patience=1", "optim.patience=5")
-    wanted = config("router", *settings, "optim.plateau_factor=0.5", epochs=2000, lr=0.02)
+    settings = ("optim.schedule=plateau", "optim.plateau_patience=0", "optim.plateau_factor=0.5")
+    more = ("optim.patience=3", "optim.warmup=0")
+    wanted = config("router", *settings, *more, epochs=2000, lr=0.02)
     history = train(make_store(noise=40.0), tmp_path / "run", wanted).run.history
     stages = list(dict.fromkeys(row["stage"] for row in history))
     assert len(stages) == 3
@@ -55,14 +59,11 @@ def test_a_plateau_lowers_the_rate_of_its_stage(make_store: Callable, tmp_path):
         rows = [row for row in history if row["stage"] == stage]
         scale, since = 1.0, 0
         for row in rows:
-            if len(rows) > 1 and row is not rows[0]:  # the warm-up is over
-                assert row["lr"] == pytest.approx(0.02 * scale)
+            assert row["lr"] == pytest.approx(0.02 * scale)
             since = 0 if row["best"] else since + 1
-            if since and since % 2 == 0:
-                scale *= 0.5
-        assert scale <= 0.25
+            scale *= 0.5 if since else 1.0
         # Trained until it stopped improving, not until the epochs were over.
-        assert since == 5
+        assert since == 3
         assert rows[-1]["epoch"] < 2000
 
 
@@ -75,12 +76,8 @@ def test_a_stage_ends_with_its_best_parameters(make_store: Callable, tmp_path, h
     model = run.build_head()
     model.load_state_dict(run.state)
     rows = store.rows(split="val", features=["clip/image", "clip/text"])
-    truth = [store.labels[int(row)] for row in rows]
-    targets = torch.zeros(len(rows), len(store.label_set), dtype=torch.int8)
-    for place, labels in enumerate(truth):
-        targets[place, torch.as_tensor(labels, dtype=torch.int64)] = 1
-    from mmc.heads.metrics import score
-
+    rows = np.array([row for row in rows if row != 3])  # which has no labels
+    targets = targets_of(store, rows)
     batch = {
         role: torch.from_numpy(store[f"clip/{role}"].take(rows)).float()
         for role in ("image", "text")
@@ -107,15 +104,12 @@ EVERYTHING = (
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("head", ["mlp", "router"])
-def test_stopped_and_continued_it_ends_in_the_same_bits(
-    make_store: Callable, tmp_path, head, precision
-):
+def test_stopped_and_continued_it_ends_in_the_same_bits(make_store: Callable, tmp_path, precision):
     store = make_store(noise=5.0)
-    wanted = config(head, *EVERYTHING, epochs=120, lr=0.02, precision=precision)
+    wanted = config("mlp", *EVERYTHING, epochs=120, lr=0.02, precision=precision)
     whole = train(store, tmp_path / "whole", wanted).run.history
     rates = [row["lr"] for row in whole]
-    assert min(rates) < 0.02 * 0.3**2, "the rate was lowered twice"
+    assert min(rates) == pytest.approx(0.02 * 0.3**2), "lowered twice"
     lowest = rates.index(min(rates))
     for stop in {2, lowest + 1, len(whole)}:
         folder = tmp_path / f"stopped{stop}"
@@ -143,10 +137,10 @@ def test_the_average_is_taken_per_step(make_store: Callable, tmp_path):
 def watch(monkeypatch) -> list[tuple]:
     """What each score of a linear head computes with."""
     seen: list[tuple] = []
-    score = Linear.score
+    own = Linear.score
 
     def watched(self, prepared):
-        logits = score(self, prepared)
+        logits = own(self, prepared)
         kinds = {values.dtype for values in prepared.values()}
         how = torch.get_float32_matmul_precision()
         seen.append((self.training, kinds, logits.dtype, torch.is_autocast_enabled("cpu"), how))
@@ -174,6 +168,15 @@ def test_float32_is_float32(make_store: Callable, tmp_path, monkeypatch):
     assert same_bits(tmp_path / "plain", tmp_path / "run")
 
 
+def test_bf16_is_the_same_inside_another_autocast(make_store: Callable, tmp_path):
+    """Whose cache of rounded weights would outlive the steps that change them."""
+    store, wanted = make_store(), config("mlp", "head.hidden=8", precision="bf16")
+    train(store, tmp_path / "plain", wanted)
+    with torch.autocast("cpu", torch.bfloat16):
+        train(store, tmp_path / "run", wanted)
+    assert same_bits(tmp_path / "plain", tmp_path / "run")
+
+
 def test_bf16_multiplies_in_bf16_and_keeps_float32(make_store: Callable, tmp_path, monkeypatch):
     seen = watch(monkeypatch)
     run = train(make_store(), tmp_path / "run", config("linear", precision="bf16")).run
@@ -197,12 +200,12 @@ def test_bf16_is_the_default_where_there_are_units_for_it(monkeypatch, there, dt
 
 
 def trained(store: EmbeddingStore, folder: Path, *settings: str) -> Run:
-    return train(store, folder, config("linear", *settings)).run
+    return train(store, folder, config("linear", *settings, batch_size=9)).run
 
 
 @pytest.fixture
 def no_trace_of_compiling(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kernels"))
     yield
     torch.compiler.reset()
 
