@@ -10,6 +10,7 @@ Started in another way, there is one process, and nothing here costs anything.
 import atexit
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,14 +23,16 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 
+TIMEOUT = timedelta(hours=3)
+"""How long processes wait for one another, such as while the main one validates."""
+
+
 @dataclass(frozen=True)
 class Processes:
     """Those that train together, seen from one of them."""
 
     index: int = 0
     count: int = 1
-    local: int = 1
-    """Of them on this machine."""
 
     @property
     def main(self) -> bool:
@@ -67,7 +70,7 @@ def join(device: torch.device) -> Processes:
     if launched() == 1:
         return Processes()
     state = _state(device.type == "cpu")
-    return Processes(state.process_index, state.num_processes, launched_here())
+    return Processes(state.process_index, state.num_processes)
 
 
 def own_device(name: str) -> torch.device:
@@ -97,7 +100,7 @@ def _state(cpu: bool) -> "PartialState":
     from accelerate import PartialState
 
     first = not torch.distributed.is_initialized()
-    state: Any = PartialState(cpu=cpu)
+    state: Any = PartialState(cpu=cpu, timeout=TIMEOUT)
     if (state.device.type == "cpu") != cpu:
         raise InputError("these processes have trained on another kind of device; start new ones")
     if first:

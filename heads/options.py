@@ -48,8 +48,8 @@ class OptimConfig:
     checkpoint_seconds: float = 20.0
     """Least time between checkpoints; 0 = one after every validation. What a kill can cost."""
     compile: bool = False
-    """Compile what the head computes while training (torch.compile): from seconds to minutes per
-    stage, and it needs a compiler. Try it before relying on it: on a CPU of two cores no head became
+    """Compile what the head computes while training (torch.compile): takes from seconds to minutes
+    per stage, and needs a compiler. Compare before relying on it: on two CPU cores no head became
     faster."""
 
     def __post_init__(self) -> None:
