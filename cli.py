@@ -50,11 +50,12 @@ SOURCE = """image_column text_column label_column id_column split_column image_r
 CAPTION = """prompt beams max_tokens min_tokens column batch_size precision device workers
     max_pixels overwrite"""
 PREPARE = "to max_side quality shard_samples workers max_pixels overwrite"
-TRAIN = "head features loss batch_size epochs lr seed precision device max_memory track overwrite"
+TRAIN = """head features loss batch_size epochs lr seed precision device max_memory track sweep seeds
+    folds overwrite"""
 PREDICT = "split form scores top_k at_least_one device"
 RENAMED = {"form": "--format"}
 COMPLETED = {"head": "heads", "loss": "losses"}
-REPEATED = {"label_template"}
+REPEATED = {"label_template", "sweep"}
 """Options that are given once for each value: values that may hold commas."""
 
 TABLES = {
@@ -347,10 +348,12 @@ def train_head_command(
       mmc train-head my.store my.run --head linear
       mmc train-head my.store my.run --head mlp --features image=clip/image,text=minilm/text
       mmc train-head my.store my.run --head mlp --set head.hidden=1024 --set loss.pos_weight=auto
+      mmc train-head my.store my.run --sweep lr=1e-4,3e-4,1e-3 --sweep loss=bce,asl --folds 5
     """
     from mmc.extract.progress import Progress
     from mmc.heads.evaluate import format_table
     from mmc.heads.launch import is_main
+    from mmc.heads.search.tables import text
     from mmc.heads.trainer import train
     from mmc.store import EmbeddingStore
 
@@ -362,7 +365,7 @@ def train_head_command(
     if json_output:
         _print_json({key: value for key, value in vars(report).items() if key != "run"})
     else:
-        print(format_table(report.metrics))
+        print("\n\n".join(filter(None, [text(report.search), format_table(report.metrics)])))
 
 
 @app.command("predict")

@@ -48,6 +48,7 @@ from mmc.store.errors import InputError, MmcError
 from mmc.store.registry import load, lookup
 
 if TYPE_CHECKING:
+    from mmc.heads.search.outoffold import OutOfFold
     from mmc.store import EmbeddingStore
 
 
@@ -82,6 +83,8 @@ class Run:
     batch_size, lr, device. Empty for older runs."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One dictionary per epoch; the same keys in each, None where there is no value."""
+    search: dict[str, Any] = field(default_factory=dict)
+    """What other trainings it was chosen from or measured by (sweep, seeds, folds); JSON-able."""
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     recipe_text: str | None = None
@@ -204,6 +207,17 @@ class Run:
             FingerprintMismatchError: it has one of that name, made differently.
         """
         return {role: ref.find(store) for role, ref in self.features.items()}
+
+    def out_of_fold(self) -> "OutOfFold":
+        """What heads that had not seen them said of the train and val samples (``--folds``).
+
+        Raises:
+            InputError: the run was trained without folds.
+            MmcError: the file is damaged.
+        """
+        from mmc.heads.search.outoffold import OutOfFold
+
+        return OutOfFold.load(self)
 
     def with_labels(self, labels: Sequence[str], label_text: npt.ArrayLike) -> "Run":
         """This run for other labels, by their texts (C', D): see `newlabels.with_labels`."""

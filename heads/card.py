@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmc.heads.leakage import described
 from mmc.heads.models import GROUP, HEADS
+from mmc.heads.search import tables
 from mmc.store.registry import load, lookup
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ def render(run: "Run") -> str:
     parts = [
         _head(run),
         _quality(run),
+        tables.card(run.search, _table),
         _per_label(run),
         _confusion(run),
         _data(run),
@@ -153,11 +155,18 @@ def _quality(run: "Run") -> str:
     if not run.metrics:
         return "## How good\n\nNot measured: the store had no labelled validation or test rows."
     rows = summary_rows(run.task, run.metrics)
-    note = (
-        "Thresholds and the best epoch were chosen on `val`, so its figures are optimistic; "
-        "nothing was chosen on `test`."
+    chosen = ["thresholds", "the best epoch"]
+    if "folds" in run.search:
+        chosen = chosen[1:]  # and the setting of a sweep was chosen out of fold
+    elif "sweep" in run.search:
+        chosen.append("the setting of the sweep")
+    if "seeds" in run.search:
+        chosen.append("the seed")
+    what = f"{', '.join(chosen[:-1])} and {chosen[-1]} were" if chosen[1:] else f"{chosen[0]} was"
+    note = f"{what[0].upper()}{what[1:]} chosen on `val`, so " + (
+        "its figures are optimistic; nothing was chosen on `test`."
         if "test" in run.metrics
-        else "Thresholds and the best epoch were chosen on `val`, so these figures are optimistic."
+        else "these figures are optimistic."
     )
     return f"## How good\n\n{_table(('metric', *run.metrics), rows)}\n\n{note}"
 
@@ -300,29 +309,36 @@ def _decisions(run: "Run") -> str:
         values = ", ".join(
             f"{_WAYS[mode]} {value:.4f}" for mode, value in thresholds.held_out.items()
         )
+        on = _tuned_on(run)
         text += (
-            f" Chosen on `val` by the {thresholds.objective}-F1 on rows that the thresholds were "
+            f" Chosen on {on} by the {thresholds.objective}-F1 on rows that the thresholds were "
             f"not fitted on: {values}."
         )
         if len(set(thresholds.held_out.values())) == 1:
-            text += " They do not differ: `val` has no reason to move from 0.5, or is too small."
+            text += f" They do not differ: {on} gave no reason to move from 0.5, or too little."
     return f"{text}{_temperature(run)}"
+
+
+def _tuned_on(run: "Run") -> str:
+    """What thresholds and temperature were found on."""
+    return "the predictions out of fold" if "folds" in run.search else "`val`"
 
 
 def _temperature(run: "Run") -> str:
     """How logits become probabilities, where that is not plain."""
+    on = _tuned_on(run)
     if run.temperature == 1:
         tried = "temperature" in run.metrics.get("val", {})
         return (
-            "\n\nProbabilities are as the head gives them: no temperature fits `val` better, or it "
-            "has too few decisions to tell (fewer than 10 of a kind)."
+            f"\n\nProbabilities are as the head gives them: no temperature fits {on} better, or "
+            "there are too few decisions to tell (fewer than 10 of a kind)."
             if tried
             else ""
         )
     how = "sigmoid" if run.task == "multilabel" else "softmax"
     return (
         f"\n\nProbabilities are the {how} of the logits divided by {run.temperature:.4g}, the "
-        "temperature that fits `val` best (Guo et al. 2017)."
+        f"temperature that fits {on} best (Guo et al. 2017)."
     )
 
 

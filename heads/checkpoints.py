@@ -18,19 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from mmc.heads.runfiles import (
-    CARD,
-    CHECKPOINTS,
-    HISTORY,
-    RECIPE,
-    RECORD,
-    TENSORBOARD,
-    WEIGHTS,
-    write_atomic,
-)
+from mmc.heads.runfiles import CHECKPOINTS, FILES, TENSORBOARD, write_atomic
 from mmc.store.errors import InputError, MmcError
 
 FILE = "last.safetensors"
+SEARCH = "search.json"
+"""Beside it: what an unfinished search consists of (`mmc.heads.search.trials`)."""
 _RECORD = "mmc"
 
 
@@ -55,6 +48,12 @@ class Checkpoints:
             InputError: it is of another training (the message says what differs), or damaged.
         """
         if not self.path.exists():
+            if (self.path.parent / SEARCH).exists():
+                raise InputError(
+                    f"{self.path.parents[1]} holds an unfinished search of several trainings; give "
+                    "the same --sweep, --seeds or --folds to continue it, or --overwrite to start "
+                    "again"
+                )
             return None
         try:
             with safe_open(self.path, framework="pt") as file:
@@ -107,7 +106,7 @@ def claimed(run: Path) -> Iterator[None]:
 def clear_run(folder: Path) -> None:
     """Remove what a run consists of, its record first so that no half of it looks whole, and its
     weights last: without them a card looks like someone's own."""
-    for name in (RECORD, CARD, RECIPE, HISTORY, WEIGHTS):
+    for name in FILES:
         (folder / name).unlink(missing_ok=True)
     for name in (CHECKPOINTS, TENSORBOARD):
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -70,6 +70,16 @@ class Position:
             return loss < self.best_loss
         return metric > self.best_metric
 
+    def take(self, metric: float, loss: float) -> bool:
+        """Count a validation; whether it is the best so far."""
+        best = self.improves(metric, loss)
+        if best:
+            self.best_metric = -math.inf if math.isnan(metric) else metric
+            self.best_loss, self.rounds_since = loss, 0
+        else:
+            self.rounds_since += 1
+        return best
+
     def next_stage(self) -> None:
         """Start the next stage with a clean record."""
         self.stage += 1
@@ -172,15 +182,11 @@ class Engine:
             if average:
                 average.swap()
             metric, val_loss = self._validate(stage)
-            if at.improves(metric, val_loss):
-                at.best_metric = -math.inf if math.isnan(metric) else metric
-                at.best_loss, at.rounds_since = val_loss, 0
+            if at.take(metric, val_loss):
                 best = {key: value.clone() for key, value in self.head.state_dict().items()}
-            else:
-                at.rounds_since += 1
             if average:
                 average.swap()
-            self._note(stage, optimizer, train_loss, metric, val_loss)
+            self.note(stage, optimizer, train_loss, metric, val_loss)
             at.lr_scale = lowered(at.lr_scale, at.rounds_since, self.lr, self.optim)
             self._checkpoint(optimizer, best, average)
         if best:
@@ -283,7 +289,7 @@ class Engine:
         loss = self.loss(logits, targets.float() if targets.ndim == 2 else targets)
         return metrics.score(logits, targets, self.task, self.metric), float(loss)
 
-    def _note(
+    def note(
         self,
         stage: Stage,
         optimizer: torch.optim.Optimizer,

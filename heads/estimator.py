@@ -28,8 +28,9 @@ from mmc.heads.options import PredictConfig, TrainConfig
 from mmc.heads.parameters import config_of, nested, params_of, split_nested
 from mmc.heads.predict import Predictions, aligned_targets, default_split, predict
 from mmc.heads.storerows import StoreRows
-from mmc.heads.trainer import effort, stage_lines
+from mmc.heads.trainer import stage_lines
 from mmc.heads.training import Setup
+from mmc.heads.trainreport import effort
 from mmc.store import EmbeddingStore
 from mmc.store.errors import InputError, RowsNotDoneError
 from mmc.store.registry import load, lookup
@@ -361,7 +362,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         position = setup.fit(head, loss, None, place, lambda stage, done, total: None)
         for line in [*stage_lines(position), *position.notes]:
             say(line)
-        run = setup.run(head, position)
+        run = setup.run(head.state_dict(), position)
         setup.measure(run)
         run.training = effort(setup, position, time.perf_counter() - started)
         return run

@@ -26,16 +26,21 @@ def also_in_train(
     the same training row. Ids need no comparison: a store holds each once. Nothing is known of what
     arrays in memory were made from.
     """
-    towers = dict.fromkeys(store[name].tower for name in features)
-    contents = [c for c in ("image", "text") if any(c in TOWER_CONTENT.get(t, ()) for t in towers)]
-    keys = {content: store.column(f"{content}_key").combine_chunks() for content in contents}
-    if len(contents) == 2:
+    shown = contents(store, features)
+    keys = {content: store.column(f"{content}_key").combine_chunks() for content in shown}
+    if len(shown) == 2:
         keys[BOTH] = pc.binary_join_element_wise(*keys.values(), " ")
     seen, mine = pa.array(train), pa.array(rows)
     return {
         content: int(pc.sum(_among(key.take(mine), key.take(seen))).as_py() or 0)
         for content, key in keys.items()
     }
+
+
+def contents(store: "EmbeddingStore", features: Sequence[str]) -> list[str]:
+    """What the features are made from: image, text or both."""
+    towers = dict.fromkeys(store[name].tower for name in features)
+    return [c for c in ("image", "text") if any(c in TOWER_CONTENT.get(t, ()) for t in towers)]
 
 
 def _among(keys: pa.Array, seen: pa.Array) -> pa.Array:

@@ -2,13 +2,17 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from mmc.store.errors import InputError
 
 GROUPS = ("head", "loss", "optim")
 TRACKERS = ("tensorboard", "mlflow")
+SWEPT = ("head", "loss", "lr", "batch_size", "epochs")
+"""Options that ``--sweep`` takes, besides the keys of ``--set``."""
+SEARCH = ("sweep", "seeds", "folds")
+"""Options that ask for several trainings; one of them is told none of these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +112,29 @@ class TrainConfig:
     settings: tuple[str, ...] = ()
     """Settings of the head, the loss and the optimiser: ``group.key=value``, such as
     ``head.hidden=1024``, ``loss.pos_weight=auto`` or ``optim.weight_decay=0.1``."""
+    sweep: tuple[str, ...] = ()
+    """Train with each of these values and keep the best on validation: ``lr=1e-4,1e-3``,
+    ``loss=bce,asl``, ``head.hidden=512,1024``; repeated, every combination."""
+    seeds: int | None = None
+    """Train so many times, with --seed, --seed + 1 ...; report mean and spread, keep the best on
+    validation."""
+    folds: int | None = None
+    """Cross-validate besides: predictions for every train and val sample by a head that has not
+    seen it, kept in the run; thresholds, temperature and the best setting of --sweep are chosen
+    on them."""
     overwrite: bool = False
     """Train again where a run is already."""
 
     def __post_init__(self) -> None:
+        for name in ("seeds", "folds"):
+            value = getattr(self, name)
+            if value is not None and value < 2:
+                raise InputError(f"--{name} must be 2 or more, got {value}; leave it out for one")
+        if self.seeds and self.folds:
+            raise InputError(
+                "--seeds and --folds both say how far results spread, over seeds or over samples; "
+                "give one of them"
+            )
         for name in ("batch_size", "epochs"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -125,7 +148,18 @@ class TrainConfig:
         for name in self.track:
             if name not in TRACKERS:
                 raise InputError(f"--track {name}: choose from {', '.join(TRACKERS)}")
-        parse_set(self.settings)
+        if self.track and (self.sweep or self.seeds or self.folds):
+            raise InputError(
+                "--track follows one training: leave it out with --sweep, --seeds and --folds, "
+                "whose tables are in the run's folder"
+            )
+        given = {
+            f"{group}.{key}" for group, keys in parse_set(self.settings).items() for key in keys
+        }
+        given |= {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        for key in parse_sweep(self.sweep):
+            if key in given:
+                raise InputError(f"{key} is given and swept; leave one of the two out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,3 +202,63 @@ def parse_set(pairs: Iterable[str]) -> dict[str, dict[str, str]]:
             raise InputError(f"--set {pair}: no group {group!r}; choose from {', '.join(GROUPS)}")
         settings.setdefault(group, {})[key] = value.strip()
     return settings
+
+
+def parse_sweep(items: Iterable[str]) -> dict[str, list[str]]:
+    """``["lr=1e-4,1e-3", "head.hidden=512,1024"]`` -> values by key, in the order given.
+
+    Values are checked when the trainings are set up.
+
+    Raises:
+        InputError: not of the form ``key=value,value``, a key that cannot be swept, or one key or
+            value twice.
+    """
+    swept: dict[str, list[str]] = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        key, values = name.strip().replace("-", "_"), [v.strip() for v in text.split(",")]
+        if not equals or not key or not all(values):
+            raise InputError(f"--sweep {item}: write key=value,value, such as lr=1e-4,3e-4,1e-3")
+        if key == "seed":
+            raise InputError("--sweep seed: give --seeds N, which tells the spread as well")
+        if key not in SWEPT:
+            group, dot, setting = key.partition(".")
+            if not (dot and setting and group in GROUPS):
+                raise InputError(
+                    f"--sweep {item}: no key {key!r}; choose from {', '.join(SWEPT)}, or a setting "
+                    "of a part, such as head.hidden or optim.weight_decay"
+                )
+            if key == "optim.metric":
+                raise InputError("--sweep optim.metric: settings are compared by it; use --set")
+        if key in swept:
+            raise InputError(f"--sweep {key} is given twice; write all its values in one")
+        for index, value in enumerate(values):
+            same = next((v for v in values[:index] if _number(v) == _number(value)), None)
+            if same is not None:
+                raise InputError(f"--sweep {item}: {value} is there twice")
+        swept[key] = values
+    return swept
+
+
+def as_options(config: TrainConfig) -> list[str]:
+    """Arguments of ``mmc train-head`` that give ``config``; what is at its default is left out."""
+    arguments: list[str] = []
+    for field in fields(config):
+        value: Any = getattr(config, field.name)
+        if value == field.default or field.name == "overwrite":
+            continue
+        name = {"settings": "--set"}.get(field.name, "--" + field.name.replace("_", "-"))
+        if field.name in ("settings", "sweep"):
+            arguments += [word for item in value for word in (name, item)]
+        else:
+            text = ",".join(value) if isinstance(value, tuple) else str(value)
+            arguments += [name, text]
+    return arguments
+
+
+def _number(text: str) -> float | str:
+    """The number that a text is, so that 1e-3 and 0.001 are the same; else the text."""
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -8,6 +8,14 @@ README.md          model card
 recipe.yaml        the recipe that trained it, where `mmc run` did
 checkpoints/       the trainer's
 tensorboard/       with --track tensorboard
+
+and after a search (`mmc.heads.search`):
+
+sweep.csv          one row per setting
+seeds.csv          one row per seed of the setting that was kept
+folds.csv          one row per fold of the setting that was kept
+histories.csv      one row per epoch of every training
+out_of_fold.parquet   what heads that had not seen them said of the train and val samples
 """
 
 import contextlib
@@ -34,6 +42,21 @@ WEIGHTS, RECORD, HISTORY, CARD, CHECKPOINTS, RECIPE, TENSORBOARD = (
     "recipe.yaml",
     "tensorboard",
 )
+SWEEP, SEEDS, FOLDS, HISTORIES = "sweep.csv", "seeds.csv", "folds.csv", "histories.csv"
+OUT_OF_FOLD = "out_of_fold.parquet"
+FILES = (
+    RECORD,
+    CARD,
+    RECIPE,
+    HISTORY,
+    SWEEP,
+    SEEDS,
+    FOLDS,
+    HISTORIES,
+    OUT_OF_FOLD,
+    WEIGHTS,
+)
+"""All files of a run, in the order in which they are removed."""
 
 PLAIN_KEYS = (
     "head",
@@ -49,7 +72,7 @@ PLAIN_KEYS = (
     "created",
 )
 """Keys of ``run.json`` that are fields of a run as they are."""
-OPTIONAL_KEYS: dict[str, Any] = {"temperature": 1.0, "training": {}}
+OPTIONAL_KEYS: dict[str, Any] = {"temperature": 1.0, "training": {}, "search": {}}
 """Keys that runs of this format may lack -> what is then meant."""
 _KINDS = {"features": dict, "label_set": list, "thresholds": dict, "head": str, "task": str}
 """What ``run.json`` holds under some keys, never empty."""
@@ -76,7 +99,7 @@ def check_output(path: str | Path) -> Path:
     """
     folder = Path(path)
     if folder.is_dir():
-        ours = {WEIGHTS, RECORD, HISTORY, CARD, CHECKPOINTS, RECIPE, TENSORBOARD}
+        ours = {*FILES, CHECKPOINTS, TENSORBOARD}
         others = sorted(p.name for p in folder.iterdir() if p.name not in ours)
         others = [name for name in others if not name.endswith(".partial")]
         # A README.md alone is someone's project, not a run.

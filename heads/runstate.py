@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mmc.store.errors import InputError
 
-UNSTEADY = ("created", "versions", "training", "recipe_sha256")
+UNSTEADY = ("created", "versions", "training", "search", "recipe_sha256")
 """Keys of run.json that nothing after the run depends on."""
 
 

@@ -2,49 +2,27 @@
 
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mmc.heads import memory
-from mmc.heads.artifact import Run
 from mmc.heads.checkpoints import Checkpoints, claimed, clear_run
+from mmc.heads.devices import pick_device
+from mmc.heads.distributed import join
 from mmc.heads.engine import Position
 from mmc.heads.options import TrainConfig
 from mmc.heads.runfiles import RECORD, check_output
+from mmc.heads.search.search import Search
 from mmc.heads.trackers import tracking
 from mmc.heads.training import Progress, Report, Setup
+from mmc.heads.trainreport import TrainReport, effort
 from mmc.store.errors import InputError
 
 if TYPE_CHECKING:
     from mmc.store import EmbeddingStore
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainReport:
-    """What a training did."""
-
-    run: Run
-    features: dict[str, str]
-    """Role -> feature."""
-    rows: dict[str, int]
-    """Rows used of each split."""
-    metrics: dict[str, dict[str, Any]]
-    """Split -> metrics at the tuned thresholds; of several processes only the main one measures."""
-    epochs: int
-    """Passes over the training rows, all stages together."""
-    seconds: float
-    """Everything, loading and measuring included, writing the run not."""
-    train_seconds: float
-    """The steps alone."""
-    rate: float
-    """Samples per second of the steps."""
-    batch_size: int
-    lr: float
-    resumed: bool
-    notes: list[str] = field(default_factory=list)
 
 
 def train(
@@ -59,8 +37,9 @@ def train(
     """Train a head on ``store`` and write the run to ``run_path``.
 
     An unfinished training in that folder is continued, and ends in the same weights as one that
-    was never stopped. Under torchrun all processes call this alike and train together; the main one
-    reports, measures and writes.
+    was never stopped. With ``config.sweep``, ``seeds`` or ``folds`` it trains several times and
+    keeps one (`mmc.heads.search`). Under torchrun all processes call this alike and train together;
+    the main one reports, measures and writes.
 
     Args:
         recipe: text of the recipe that this training is a step of; it is kept in the run.
@@ -86,9 +65,15 @@ def _train(
     progress: Progress,
 ) -> TrainReport:
     started = time.perf_counter()
-    setup = Setup(store, config)
+    several = config.sweep or config.seeds or config.folds
+    processes = join(pick_device(config.device))
+    if several and processes.count > 1:
+        raise InputError(
+            "--sweep, --seeds and --folds train in one process: start them without torchrun"
+        )
+    work = Search(store, config) if several else Setup(store, config)
     folder = _output_folder(run_path, config.overwrite)
-    main = setup.processes.main
+    main = processes.main
     if not main:
         report, progress = _silent, _silent
     with claimed(folder) if main else nullcontext():
@@ -96,8 +81,10 @@ def _train(
             _output_folder(run_path, config.overwrite)  # another training may have ended meanwhile
             if config.overwrite:
                 clear_run(folder)
-        setup.processes.wait()
-        return _train_into(folder, setup, recipe, report, progress, started)
+        processes.wait()
+        if isinstance(work, Search):
+            return work.run(folder, recipe, report, progress, started)
+        return _train_into(folder, work, recipe, report, progress, started)
 
 
 def _train_into(
@@ -134,47 +121,17 @@ def _train_into(
             raise
         for line in [*stage_lines(position), *position.notes]:
             report(line)
-        run = setup.run(head, position)
+        run = setup.run(head.state_dict(), position)
         run.recipe_text = recipe
-        measured: dict[str, dict[str, Any]] = {}
         if setup.processes.main:
-            measured = setup.measure(run)
-        seconds = time.perf_counter() - started
-        run.training = effort(setup, position, seconds)
+            setup.measure(run)
+        run.training = effort(setup, position, time.perf_counter() - started)
         if setup.processes.main:
             run.save(folder)
             checkpoints.remove()
             trackers.finish(run)
             report(f"the run is in {folder}; its README.md says how good it is and how to use it")
-    return TrainReport(
-        run=run,
-        features=setup.features,
-        rows={name: len(getattr(setup.splits, name)) for name in ("train", "val", "test")},
-        metrics=measured,
-        epochs=run.training["epochs"],
-        seconds=seconds,
-        train_seconds=position.train_seconds,
-        rate=run.training["rate"],
-        batch_size=setup.batch_size,
-        lr=setup.lr,
-        resumed=found is not None,
-        notes=[*setup.splits.notes, *position.notes],
-    )
-
-
-def effort(setup: Setup, position: Position, seconds: float) -> dict[str, Any]:
-    """`Run.training`."""
-    stepping = position.train_seconds
-    return {
-        "seconds": round(seconds, 3),
-        "train_seconds": round(stepping, 4),
-        "rows": position.train_rows,
-        "epochs": position.train_rows // max(len(setup.splits.train), 1),
-        "rate": round(position.train_rows / stepping, 1) if stepping else 0.0,
-        "batch_size": setup.batch_size,
-        "lr": setup.lr,
-        "device": str(setup.device),
-    }
+    return TrainReport.of(setup, run, position, resumed=found is not None)
 
 
 def _silent(*_: Any) -> None:

@@ -1,9 +1,9 @@
 """What a training consists of, all that follows from the store and the config."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,16 +23,17 @@ from mmc.heads.batches import (
 from mmc.heads.checkpoints import Checkpoints
 from mmc.heads.devices import pick_device, training_dtype
 from mmc.heads.distributed import join
-from mmc.heads.engine import Engine, OnRound, Position
+from mmc.heads.engine import Engine, OnRound, Position, score_all
 from mmc.heads.featureref import FeatureRef
 from mmc.heads.features import resolve
 from mmc.heads.losses import GROUP as LOSS_GROUP
 from mmc.heads.losses import LOSSES
 from mmc.heads.losses.base import Loss
+from mmc.heads.material import Material
 from mmc.heads.models import GROUP as HEAD_GROUP
 from mmc.heads.models import HEADS
 from mmc.heads.models.base import Head
-from mmc.heads.options import OptimConfig, TrainConfig, parse_set
+from mmc.heads.options import SEARCH, OptimConfig, TrainConfig, parse_set
 from mmc.heads.predict import Predictor
 from mmc.heads.streaming import WINDOWS, StreamedData
 from mmc.heads.temperature import fit_temperature, probabilities
@@ -57,11 +58,28 @@ LR_BATCH, LR_POWER = 256, 0.25
 _INIT = 3
 
 
-class Setup:
-    """Everything that follows from the store and the config, checked before any work."""
+class Loaded(NamedTuple):
+    """What a head is trained and validated on."""
 
-    def __init__(self, store: "EmbeddingStore", config: TrainConfig) -> None:
+    train: Data | None
+    """None for a head that trains nothing."""
+    val: Data
+    kept: ResidentData
+    """The validation rows that are in memory: all of them, or some, evenly spaced."""
+
+
+class Setup:
+    """Everything that follows from the store and the config, checked before any work.
+
+    Args:
+        material: what it shares with other trainings on the store.
+    """
+
+    def __init__(
+        self, store: "EmbeddingStore", config: TrainConfig, material: Material | None = None
+    ) -> None:
         self.store, self.config = store, config
+        self.material = material or Material(store)
         entry = lookup(HEADS, config.head, kind="head", group=HEAD_GROUP)
         self.head_class: type[Head] = load(entry)
         settings = parse_set(config.settings)
@@ -89,7 +107,8 @@ class Setup:
         self.label_text = self._label_text()
         trial = self._new_head()
         self.trains = bool(trial.stages())
-        self.splits = splits.choose(store, list(self.features.values()), trains=self.trains)
+        self.splits = self.material.splits(self.features, trains=self.trains)
+        self.preparation = self._preparation(trial)
         rows, parts = len(self.splits.train), self.optim.accumulation
         self.batch_size = config.batch_size or default_batch(
             rows // parts, self.device, trial.largest_batch
@@ -99,7 +118,8 @@ class Setup:
     def identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued."""
         config = asdict(self.config)
-        del config["overwrite"], config["track"]
+        for name in ("overwrite", "track", *SEARCH):
+            del config[name]
         config["settings"] = {
             "head": asdict(self.head_config),
             "loss": asdict(self.loss_config),
@@ -118,7 +138,7 @@ class Setup:
             "features": {role: ref.fingerprint for role, ref in self.refs.items()},
             "label_set": list(self.store.label_set),
             "task": self.store.task,
-            "rows and labels": splits.digest(self.splits, self.store),
+            "rows and labels": self.material.digest(self.splits),
         }
 
     def build(self) -> tuple[Head, Loss]:
@@ -129,13 +149,52 @@ class Setup:
         rows = self.splits.train
         with torch.no_grad():
             if len(rows):
-                blocks = raw_blocks(self.store, self.features, rows, self.device)
-                head.fit_inputs(batch for _, batch in blocks)
+                self.material.fit_inputs(head, self._reads(), lambda: self._fit_inputs(head))
                 head.set_prior(loss.prior())
-                head.fit_labels(*self._label_rows())
+                head.fit_labels(*self.material.label_rows(self.splits))
                 head.load_weights()
         self.processes.share(head.state_dict().values())
         return head, loss
+
+    def load(self, head: Head, place: memory.Plan) -> Loaded:
+        """What the head reads, as far as there is room for it; once for all that share it."""
+        key = (self.preparation, place.window_rows, place.val_rows)
+        return self.material.prepared(key, lambda: self._load(head, place))
+
+    def _preparation(self, head: Head) -> Hashable:
+        """Equal for trainings that read and prepare the same."""
+        form = head.preparation()
+        own = form[0] if form else (self.config.head, repr(self.head_config), self.config.seed)
+        return (self._reads(), own, self.dtype, self.trains)
+
+    def engine(
+        self,
+        head: Head,
+        loss: Loss,
+        data: Loaded,
+        place: memory.Plan,
+        progress: Progress,
+        checkpoints: Checkpoints | None = None,
+    ) -> Engine:
+        """What trains the head."""
+        assert data.train is not None
+        return Engine(
+            head,
+            loss,
+            train=data.train,
+            val=data.val,
+            task=self.store.task,
+            batch_size=self.batch_size,
+            epochs=self.config.epochs,
+            lr=self.lr,
+            optim=self.optim,
+            seed=self.config.seed,
+            dtype=self.dtype,
+            window_rows=place.window_rows,
+            checkpoints=checkpoints,
+            on_round=lambda row: self._told(row, progress),
+            processes=self.processes,
+        )
 
     def fit(
         self,
@@ -145,53 +204,37 @@ class Setup:
         place: memory.Plan,
         progress: Progress,
     ) -> Position:
-        """Load what the head reads, or as much of it as there is room for, and train it."""
-        val_rows = self.splits.val if self.processes.main else self.splits.val[:0]
-        kept = self._resident(head, _spaced(val_rows, place.val_rows), torch.float32)
-        val: Data = kept
-        if len(kept) < len(val_rows):
-            val = self._streamed(head, val_rows, torch.float32, place.window_rows)
+        """Load the data and train the head."""
+        data = self.load(head, place)
         position = Position()
         if self.trains:
-            position = Engine(
-                head,
-                loss,
-                train=(
-                    self._streamed(
-                        head, self.splits.train, self.dtype, place.window_rows, self.share
-                    )
-                    if place.window_rows
-                    else self._resident(head, self.splits.train, self.dtype, self.share)
-                ),
-                val=val,
-                task=self.store.task,
-                batch_size=self.batch_size,
-                epochs=self.config.epochs,
-                lr=self.lr,
-                optim=self.optim,
-                seed=self.config.seed,
-                dtype=self.dtype,
-                window_rows=place.window_rows,
-                checkpoints=checkpoints,
-                on_round=lambda row: self._told(row, progress),
-                processes=self.processes,
-            ).run()
-        if len(kept):
+            position = self.engine(head, loss, data, place, progress, checkpoints).run()
+        self.fit_validation(head, data, position)
+        return position
+
+    def fit_validation(self, head: Head, data: Loaded, position: Position) -> None:
+        """Let the trained head set what is fitted on the validation rows."""
+        if len(data.kept):
             head.eval()
             with torch.no_grad():
                 said = head.fit_validation(
-                    kept.inputs, kept.targets, self.store.task, self.optim.metric
+                    data.kept.inputs, data.kept.targets, self.store.task, self.optim.metric
                 )
             position.notes += [said] if said else []
         self.processes.share(head.state_dict().values())
-        return position
 
     def _told(self, row: dict[str, Any], progress: Progress) -> None:
         progress(row["stage"], row["epoch"], row["epochs"])
         self.on_round(row)
 
-    def run(self, head: Head, position: Position) -> Run:
-        """The run, not yet measured."""
+    @torch.no_grad()
+    def validate(self, head: Head, data: Loaded) -> float:
+        """The metric that trainings are compared by, on the validation rows; NaN: undefined."""
+        logits = score_all(head.eval().score, data.val.blocks())
+        return metrics.score(logits, data.val.targets, self.store.task, self.optim.metric)
+
+    def run(self, state: Mapping[str, Tensor], position: Position) -> Run:
+        """The run of a head with this ``state_dict``, not yet measured."""
         source = self.store.sources[0] if self.store.sources else {}
         return Run(
             head=self.config.head,
@@ -201,7 +244,7 @@ class Setup:
             features=self.refs,
             label_set=tuple(self.store.label_set),
             task=self.store.task,
-            state={key: value.cpu() for key, value in head.state_dict().items()},
+            state={key: value.cpu() for key, value in state.items()},
             thresholds=thresholds.Thresholds.default(self.store.task, len(self.store.label_set)),
             source=source,
             seed=self.config.seed,
@@ -209,8 +252,14 @@ class Setup:
             history=position.history,
         )
 
-    def measure(self, run: Run) -> dict[str, dict[str, Any]]:
-        """Fit temperature, then thresholds on validation; measure validation and test."""
+    def measure(
+        self, run: Run, unseen: tuple[Tensor, Tensor] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Fit temperature, then thresholds on validation; measure validation and test.
+
+        Args:
+            unseen: logits and targets to fit them on instead.
+        """
         predictor = Predictor(run, self.store, device=self.device)
         for name in ("val", "test"):
             rows = getattr(self.splits, name)
@@ -219,9 +268,10 @@ class Setup:
             logits = predictor.logits(rows)
             targets = splits.targets(self.store, rows).to(logits.device)
             if name == "val":
-                run.temperature = fit_temperature(logits, targets, run.task)
-                p = probabilities(logits, run.task, run.temperature)
-                run.thresholds = thresholds.tune(p, targets, run.task)
+                scores, truth = unseen or (logits, targets)
+                run.temperature = fit_temperature(scores, truth, run.task)
+                p = probabilities(scores, run.task, run.temperature)
+                run.thresholds = thresholds.tune(p, truth, run.task)
             run.metrics[name] = metrics.evaluate(
                 logits,
                 targets,
@@ -284,24 +334,24 @@ class Setup:
 
     def _counts(self) -> tuple[Tensor, Tensor]:
         """Training rows that have each label, and those for which it is known, (C,) each."""
-        labels, rows = self.store.labels, self.splits.train
-        return (
-            torch.from_numpy(labels.counts(rows)).double(),
-            torch.from_numpy(labels.known_counts(rows)).double(),
-        )
+        return self.material.counts(self.splits)
 
-    def _label_rows(self) -> tuple[Tensor, Tensor]:
-        """Labels of the training rows, as (indptr (n + 1,), indices), int64."""
-        labels, rows = self.store.labels, self.splits.train
-        counts = labels.indptr[rows + 1] - labels.indptr[rows]
-        indptr = np.concatenate([[0], np.cumsum(counts)])
-        # Place of every label in the store's list: the row's start plus 0, 1, 2 ...
-        places = np.repeat(labels.indptr[rows] - indptr[:-1], counts) + np.arange(indptr[-1])
-        indices = labels.indices[places].astype(np.int64)
-        return torch.from_numpy(indptr.astype(np.int64)), torch.from_numpy(indices)
+    def _reads(self) -> tuple[Any, ...]:
+        """Which fields of which rows are read, and where they are put."""
+        return (tuple(self.features.items()), id(self.splits), str(self.device))
+
+    def _fit_inputs(self, head: Head) -> None:
+        blocks = raw_blocks(self.store, self.features, self.splits.train, self.device)
+        head.fit_inputs(batch for _, batch in blocks)
 
     def place(self, head: Head) -> memory.Plan:
-        """What there is room for."""
+        """What there is room for; the same for all that share the data."""
+        plan = self.material.plan(self.preparation, lambda: self._place(head))
+        # It may have been made for a smaller batch.
+        window = min(max(plan.window_rows, self.batch_size), len(self.splits.train))
+        return replace(plan, window_rows=window) if plan.window_rows else plan
+
+    def _place(self, head: Head) -> memory.Plan:
         limit = self.config.max_memory
         rows = self.splits.train if len(self.splits.train) else self.splits.val
         floats, others = 0, 0
@@ -321,6 +371,22 @@ class Setup:
         # The order of the rows depends on it, and so it is the main process's.
         (window_rows,) = self.processes.numbers([plan.window_rows], self.device)
         return replace(plan, window_rows=int(window_rows))
+
+    def _load(self, head: Head, place: memory.Plan) -> Loaded:
+        # Of several processes the main one validates.
+        val_rows = self.splits.val if self.processes.main else self.splits.val[:0]
+        kept = self._resident(head, _spaced(val_rows, place.val_rows), torch.float32)
+        val: Data = kept
+        if len(kept) < len(val_rows):
+            val = self._streamed(head, val_rows, torch.float32, place.window_rows)
+        if not self.trains:
+            return Loaded(None, val, kept)
+        rows = self.splits.train
+        if place.window_rows:
+            train: Data = self._streamed(head, rows, self.dtype, place.window_rows, self.share)
+        else:
+            train = self._resident(head, rows, self.dtype, self.share)
+        return Loaded(train, val, kept)
 
     def _resident(
         self, head: Head, rows: splits.Rows, dtype: torch.dtype, share: Share = ALONE

@@ -99,6 +99,9 @@ class Fusion(TokenHead):
         last = tokens * (5 * config.width + heads)
         self.set_memory(sum(s.tokens * s.width for s in found) + (config.layers - 1) * layer + last)
 
+    def preparation(self) -> tuple[str, nn.Module] | None:
+        return f"tokens {self.tokens.mode}", self.tokens
+
     def set_prior(self, logits: Tensor) -> None:
         set_bias(self.classifier, logits)
 

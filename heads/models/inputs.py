@@ -120,5 +120,8 @@ class PooledHead(Head):
     def prepare(self, batch: Batch) -> Batch:
         return {"inputs": torch.cat(list(self.normalize(batch).values()), dim=-1)}
 
+    def preparation(self) -> tuple[str, nn.Module] | None:
+        return f"concatenated {self.normalize.mode}", self.normalize
+
     def fit_inputs(self, blocks: Iterable[Batch]) -> None:
         self.normalize.fit(blocks)

@@ -58,6 +58,9 @@ class PerFieldHead(Head):
         prepared: Batch = self.normalize(batch)
         return prepared
 
+    def preparation(self) -> tuple[str, nn.Module] | None:
+        return f"by role {self.normalize.mode}", self.normalize
+
     def stages(self) -> list[Stage]:
         return [self._stage(index) for index in range(len(self.roles))]
 

@@ -1,0 +1,1 @@
+"""Several trainings instead of one: settings of a sweep, seeds, folds of a cross-validation."""
