@@ -50,8 +50,8 @@ SOURCE = """image_column text_column label_column id_column split_column image_r
 CAPTION = """prompt beams max_tokens min_tokens column batch_size precision device workers
     max_pixels overwrite"""
 PREPARE = "to max_side quality shard_samples workers max_pixels overwrite"
-TRAIN = """head features loss batch_size epochs lr seed precision device max_memory track sweep seeds
-    folds overwrite"""
+TRAIN = """head features loss batch_size epochs lr seed precision device max_memory track sweep
+    seeds folds overwrite"""
 PREDICT = "split form scores top_k at_least_one device"
 RENAMED = {"form": "--format"}
 COMPLETED = {"head": "heads", "loss": "losses"}

@@ -152,8 +152,8 @@ class Head(nn.Module):
         """The form of what ``prepare`` gives, and the module that ``fit_inputs`` fits for it.
 
         Heads of one form that read the same fields are trained on the same prepared data, and take
-        over the state of the one that was fitted first. A subclass that prepares otherwise must say so.
-        None: the head's class, settings and seed decide what it prepares.
+        over the state of the one that was fitted first. A subclass that prepares otherwise must say
+        so. None: the head's class, settings and seed decide what it prepares.
         """
         return None
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, replace
 
-from mmc.heads import metrics, splits
+from mmc.heads import memory, metrics, splits
 from mmc.heads.engine import Position
 from mmc.heads.losses.base import Loss
 from mmc.heads.models.base import Head
@@ -30,6 +30,7 @@ class Runner:
         finished: Callable[[Trial], None] = lambda trial: None,
     ) -> None:
         self.shelf, self.report, self.progress, self.finished = shelf, report, progress, finished
+        self._said = {""}
 
     def run(self, trials: Sequence[Trial]) -> None:
         """Train those that are not on the shelf; what prepares alike follows each other."""
@@ -45,7 +46,7 @@ class Runner:
     def _alone(self, trial: Trial) -> None:
         setup, checkpoints = trial.setup, self.shelf.checkpoints(trial)
         head, loss = setup.build()
-        place = setup.place(head)
+        place = self._place(trial, head)
         found = checkpoints.load()
         if found:  # the order of the rows depends on it
             place = replace(place, window_rows=found[1]["window_rows"])
@@ -66,7 +67,7 @@ class Runner:
     def _stacks(self, trials: list[Trial]) -> None:
         first = trials[0].setup
         built = {trials[0].name: first.build()}
-        place = first.place(built[trials[0].name][0])
+        place = self._place(trials[0], built[trials[0].name][0])
         width = heads_at_once(len(first.store.label_set), streamed=bool(place.window_rows))
         for start in range(0, len(trials), width):
             part = trials[start : start + width]
@@ -77,7 +78,7 @@ class Runner:
 
     def _stack(self, members: list[tuple[Trial, Head, Loss]]) -> None:
         lead, head, _ = members[0]
-        place = lead.setup.place(head)
+        place = self._place(lead, head)
         data = lead.setup.load(head, place)
         longest = self._progress(f"{len(members)} trainings at once")
         engines = [
@@ -118,6 +119,15 @@ class Runner:
         shown = "undefined" if math.isnan(value) else f"{value:.4f}"
         self.report(f"{trial.described}: {where} {name} {shown}")
         self.finished(trial)
+
+    def _place(self, trial: Trial, head: Head) -> memory.Plan:
+        """What there is room for; said once where data is streamed."""
+        place = trial.setup.place(head)
+        line = memory.describe(place) if place.window_rows else ""
+        if line not in self._said:
+            self._said.add(line)
+            self.report(line)
+        return place
 
     def _progress(self, what: str) -> Progress:
         """The caller's, with a name that tells the trainings apart."""

@@ -11,7 +11,6 @@ What is kept, and by which figure:
 """
 
 import math
-import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from mmc.heads.search.folds import fold_splits
 from mmc.heads.search.grid import Setting, settings
 from mmc.heads.search.outoffold import OutOfFold
 from mmc.heads.search.running import Runner
+from mmc.heads.search.spread import best_loss, mean, spread, std, turned
 from mmc.heads.search.trials import Result, Shelf, Trial
 from mmc.heads.splits import Rows
 from mmc.heads.temperature import fit_temperature, probabilities
@@ -77,7 +77,7 @@ class Search:
             started: when it began, by `time.perf_counter`.
         """
         everything = [trial for trials in self.trials for trial in trials]
-        for note in dict.fromkeys([*everything[0].setup.splits.notes, *self.notes]):
+        for note in dict.fromkeys(self.notes):
             report(note)
         shelf = Shelf(folder, self._identity())
         there = sum(shelf.result(trial) is not None for trial in everything)
@@ -111,6 +111,7 @@ class Search:
     def _trials(self, setting: Setting) -> list[Trial]:
         """The trials of one setting."""
         setup = self._setup(setting, setting.config, self.material)
+        self.notes += setup.splits.notes
         several = "--seeds" if self.config.seeds else "--folds" if self.config.folds else ""
         if several and not setup.trains:
             raise InputError(f"{setting.config.head} trains nothing: leave out {several}")
@@ -176,7 +177,7 @@ class Search:
             whole = [result for result in results if result is not None and not result.error]
             if len(whole) < len(trials):
                 continue
-            score = _mean([result.score for result in whole])
+            score = mean([result.score for result in whole])
             score = -math.inf if score is None else score
             if best is None or score > best_score:
                 best, best_score = index, score
@@ -227,14 +228,14 @@ class Search:
     def _row(self, trials: list[Trial], results: list[Result]) -> dict[str, Any]:
         scores = [result.score for result in results]
         where = "held_out" if self.config.folds else "val"
-        losses = [_best_loss(result) for result in results]
+        losses = [best_loss(result) for result in results]
         row: dict[str, Any] = {"setting": trials[0].setting.number, **trials[0].setting.values}
-        row[f"{where}_{self.metric}"] = _mean(scores)
+        row[f"{where}_{self.metric}"] = mean(scores)
         if len(scores) > 1:
-            row["std"] = _std(scores)
+            row["std"] = std(scores)
         return row | {
-            "val_loss": _mean(losses),
-            "epochs": sum(
+            "val_loss": mean(losses),
+            "epochs_run": sum(
                 result.position.get("train_rows", 0) // max(len(trial.setup.splits.train), 1)
                 for trial, result in zip(trials, results, strict=True)
             ),
@@ -259,8 +260,8 @@ class Search:
             }
             for index, (trial, run) in enumerate(zip(chosen, runs, strict=True))
         ]
-        spread = {split: _spread([row[split] for row in rows]) for split in runs[0].metrics}
-        return runs[place], chosen[place], {"by_seed": rows, **_turned(spread)}
+        by_split = {split: spread([row[split] for row in rows]) for split in runs[0].metrics}
+        return runs[place], chosen[place], {"by_seed": rows, **turned(by_split)}
 
     def _cross_validated(
         self, folder: Path, shelf: Shelf, runner: Runner, chosen: list[Trial]
@@ -292,7 +293,7 @@ class Search:
             last,
             {
                 "by_fold": rows,
-                **_spread([{k: v for k, v in row.items() if k != "fold"} for row in rows]),
+                **spread([{k: v for k, v in row.items() if k != "fold"} for row in rows]),
                 "together": tables.headline(run.task, together),
             },
         )
@@ -335,35 +336,3 @@ def _result(shelf: Shelf, trial: Trial) -> Result:
     result = shelf.result(trial)
     assert result is not None
     return result
-
-
-def _best_loss(result: Result) -> float:
-    """Validation loss of what was kept; NaN where nothing was trained."""
-    return next((row["val_loss"] for row in reversed(result.history) if row["best"]), math.nan)
-
-
-def _mean(values: list[float]) -> float | None:
-    known = [value for value in values if value is not None and not math.isnan(value)]
-    return statistics.fmean(known) if known else None
-
-
-def _std(values: list[float]) -> float | None:
-    """Standard deviation of the sample (n - 1)."""
-    known = [value for value in values if value is not None and not math.isnan(value)]
-    return statistics.stdev(known) if len(known) > 1 else None
-
-
-def _spread(rows: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Mean and standard deviation of each metric."""
-    keys = [key for key in rows[0] if key != "samples"]
-    return {
-        "mean": {key: _mean([row[key] for row in rows]) for key in keys},
-        "std": {key: _std([row[key] for row in rows]) for key in keys},
-    }
-
-
-def _turned(by_split: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """{split: {"mean": ...}} -> {"mean": {split: ...}}."""
-    return {
-        what: {split: found[what] for split, found in by_split.items()} for what in ("mean", "std")
-    }

@@ -62,7 +62,8 @@ def histories(
     rows = []
     for trial in (trial for group in trials for trial in group):
         found = result(trial)
-        which = {"setting": trial.setting.number, **trial.setting.values}
+        # Not its values, which are columns of a history as well: loss, lr.
+        which = {"setting": trial.setting.number}
         which |= {trial.kind: trial.repeat} if trial.kind else {}
         rows += [{**which, **row} for row in (found.history if found else ())]
     return rows
@@ -161,7 +162,7 @@ def _sweep(sweep: Mapping[str, Any], metric: str) -> Rows:
                 *(row[key] for key in sweep["keys"]),
                 value,
                 _number(row["val_loss"]),
-                str(row["epochs"]),
+                str(row["epochs_run"]),
                 f"{row['seconds']:.1f}",
             )
         )

@@ -143,10 +143,11 @@ def test_options_give_the_config_again():
 
 def test_a_sweep_keeps_the_best_and_it_can_be_trained_alone(make_store: Callable, tmp_path):
     store, said = make_store(n=200), []
-    wanted = config(sweep=(RATES, "loss=bce,asl", "optim.weight_decay=0.1,2"), epochs=13)
+    wanted = config(sweep=("lr=0.003,0.01", "loss=bce,asl", "epochs=7,13"), epochs=None)
     report = train(store, tmp_path / "run", wanted, report=said.append)
     rows = table(tmp_path / "run" / "sweep.csv")
-    assert len(rows) == 12
+    assert len(rows) == 8
+    assert {row["epochs"] for row in rows} == {"7", "13"}
     assert [row["lr"] for row in rows] == sorted(row["lr"] for row in rows)
     (best,) = [row for row in rows if row["best"] == "True"]
     assert float(best["val_mAP"]) == max(float(row["val_mAP"]) for row in rows)
@@ -161,7 +162,7 @@ def test_a_sweep_keeps_the_best_and_it_can_be_trained_alone(make_store: Callable
     assert {row["setting"] for row in histories} == {row["setting"] for row in rows}
     mine = [float(row["val_mAP"]) for row in histories if row["setting"] == best["setting"]]
     assert mine == [row["val_mAP"] for row in run.history]
-    assert sum("val mAP" in line for line in said) == 12
+    assert sum("val mAP" in line for line in said) == 8
     card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
     assert f"mmc train-head my.store another.run {shlex.join(run.search['options'])}" in card
     assert "the setting of the sweep were chosen on `val`" in card
@@ -190,7 +191,7 @@ def test_data_is_read_once_for_all_settings_that_prepare_alike(
     assert len(read) <= 2 * len(once)
 
 
-@pytest.mark.parametrize("head", ["mlp", "router", "boost", "ensemble"])
+@pytest.mark.parametrize("head", ["mlp", "boost"])
 def test_heads_that_are_not_stacked_end_as_alone(make_store: Callable, tmp_path, head):
     store = make_store()
     wanted = config(head=head, epochs=13, sweep=("lr=0.003,0.01",))
@@ -247,7 +248,6 @@ def interrupted(store, folder: Path, wanted: TrainConfig, after: int, monkeypatc
     [
         {"head": "mlp", "sweep": (RATES,)},
         {"sweep": (RATES, "batch_size=8,16"), "batch_size": None},
-        {"head": "mlp", "seeds": 3},
         {"head": "mlp", "folds": 3},
     ],
 )
@@ -313,7 +313,7 @@ def test_files_of_a_search_go_when_a_plain_run_takes_its_place(make_store: Calla
 # -- seeds -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", ["multilabel", "binary", "multiclass"])
+@pytest.mark.parametrize("task", ["multilabel", "binary"])
 def test_seeds_tell_mean_and_spread_of_what_each_seed_reaches_alone(
     make_store: Callable, tmp_path, task
 ):
