@@ -5,7 +5,10 @@ Legend: n rows used, B samples in a batch, C labels.
 
 import itertools
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,11 +22,18 @@ from mmc.heads.models.base import Batch, Head
 if TYPE_CHECKING:
     from mmc.store import EmbeddingStore
 
-BLOCK_BYTES = 64 << 20
-"""Read at a time, of all fields together."""
-MIN_BLOCK_ROWS = 256
+BLOCK_BYTES = 8 << 20
+"""Read at a time by one thread, of all fields together."""
+MIN_BLOCK_ROWS = 16
+TILE_BYTES = {"cpu": 1 << 20}
+"""Prepared at a time, as float32. On a CPU it then stays in a core's cache, and the allocator uses
+its memory again: larger tensors are mapped anew by every operation, which took four times as
+long."""
+TILE_BYTES_ELSEWHERE = 64 << 20
 BLOCK_ROWS = 8192
 """Prepared rows that are scored at a time."""
+READERS = min(4, os.cpu_count() or 1)
+"""Threads that read and prepare. One computes while another waits for the disk."""
 
 Rows = npt.NDArray[np.int64]
 
@@ -32,21 +42,23 @@ _ORDER, _DROPOUT = 1, 2
 
 
 class Reader:
-    """Reads runs of rows of several features, float32 on ``device``."""
+    """Reads runs of rows of several features."""
 
     def __init__(
         self,
         store: "EmbeddingStore",
         features: Mapping[str, str],
         rows: Rows,
-        device: torch.device,
         *,
         block_bytes: int | None = None,
     ) -> None:
-        self.rows, self.device = rows, device
+        self.rows = rows
         self._stored = {role: store[name] for role, name in features.items()}
-        size = stored_bytes(store, features)
-        step = max(MIN_BLOCK_ROWS, (block_bytes or BLOCK_BYTES) // max(size, 1))
+        size = max(stored_bytes(store, features), 1)
+        step = max(MIN_BLOCK_ROWS, (block_bytes or BLOCK_BYTES) // size)
+        # Whole chunks where there is room for one: checksums are of chunks.
+        chunk = max(feature.chunk_rows for feature in self._stored.values())
+        step = step // chunk * chunk or step
         cuts = np.searchsorted(rows, np.arange(0, len(store) + step, step))
         self.blocks = [
             (int(first), int(last)) for first, last in itertools.pairwise(cuts) if first < last
@@ -54,20 +66,39 @@ class Reader:
         """(first, last) places in ``rows`` of each block, ascending, none empty."""
 
     def read(self, block: tuple[int, int]) -> Batch:
-        """The fields of the rows of one block, whole runs, so that checksums are compared."""
+        """The fields of the rows of one block as they are stored, in main memory.
+
+        Whole runs are read, so that checksums are compared.
+        """
         first, last = block
         low, high = int(self.rows[first]), int(self.rows[last - 1]) + 1
         wanted = torch.from_numpy(self.rows[first:last] - low)
         batch = {}
         for role, feature in self._stored.items():
             values = torch.from_numpy(feature.take(slice(low, high), missing="fill"))
-            if len(wanted) < len(values):
-                values = values[wanted]
-            if self.device.type == "cuda":
-                values = values.pin_memory()
-            values = values.to(self.device, non_blocking=True)
-            batch[role] = values.float() if values.is_floating_point() else values
+            batch[role] = values[wanted] if len(wanted) < len(values) else values
         return batch
+
+    def sample(self) -> Batch:
+        """The fields of the first row."""
+        first = self.blocks[0][0]
+        return self.read((first, first + 1))
+
+
+def tiles(stored: Batch, device: torch.device) -> Iterator[tuple[int, Batch]]:
+    """Stored fields piece by piece on ``device``, as (first row, batch); floats as float32."""
+    rows = len(next(iter(stored.values())))
+    values = sum(math.prod(field.shape[1:]) for field in stored.values())
+    step = max(1, TILE_BYTES.get(device.type, TILE_BYTES_ELSEWHERE) // (4 * max(values, 1)))
+    for start in range(0, rows, step):
+        batch = {}
+        for role, field in stored.items():
+            tile = field[start : start + step]
+            if device.type == "cuda":
+                tile = tile.pin_memory()
+            tile = tile.to(device, non_blocking=True)
+            batch[role] = tile.float() if tile.is_floating_point() else tile
+        yield start, batch
 
 
 def stored_bytes(store: "EmbeddingStore", features: Mapping[str, str]) -> int:
@@ -80,9 +111,59 @@ def raw_blocks(
     store: "EmbeddingStore", features: Mapping[str, str], rows: Rows, device: torch.device
 ) -> Iterator[tuple[int, Batch]]:
     """The fields of ascending ``rows``, as (place in ``rows``, batch); one block is held."""
-    reader = Reader(store, features, rows, device)
-    for block in reader.blocks:
-        yield block[0], reader.read(block)
+    reader = Reader(store, features, rows)
+    for first, last in reader.blocks:
+        for start, batch in tiles(reader.read((first, last)), device):
+            yield first + start, batch
+
+
+class Preparer:
+    """Puts what a head prepares of stored fields where it is asked to, on ``device``."""
+
+    def __init__(self, head: Head, device: torch.device, dtype: torch.dtype) -> None:
+        self._head, self._device, self._dtype = head, device, dtype
+
+    @torch.no_grad()
+    def room(self, rows: int, stored: Batch, keys: Sequence[str] | None = None) -> Batch:
+        """Tensors for so many prepared rows, not yet filled; floats as ``dtype``.
+
+        Args:
+            stored: fields of a row or more, to see what becomes of them.
+            keys: of what the head prepares; None: all.
+        """
+        _, first = next(tiles({role: field[:1] for role, field in stored.items()}, self._device))
+        sample = self._head.prepare(first)
+        return {
+            key: sample[key].new_empty(
+                (rows, *sample[key].shape[1:]),
+                dtype=self._dtype if sample[key].is_floating_point() else None,
+            )
+            for key in (sample if keys is None else keys)
+        }
+
+    @torch.no_grad()
+    def put(self, stored: Batch, out: Batch, place: int) -> None:
+        """Prepare stored fields; their rows go to the places of ``out`` from ``place`` on."""
+        for start, batch in tiles(stored, self._device):
+            prepared = self._head.prepare(batch)
+            for key, room in out.items():
+                values = prepared[key]
+                room[place + start : place + start + len(values)] = values
+
+
+@contextmanager
+def reading_threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads to read and prepare in, each of which computes by itself.
+
+    A thread that starts takes over the number that was set last, in whichever thread: it is set
+    back in the end.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(READERS, "mmc-read", torch.set_num_threads, (1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
 
 
 def load_prepared(
@@ -97,15 +178,18 @@ def load_prepared(
 
     There is never a second full copy: a block is read, prepared and put in its place.
     """
-    resident: Batch = {}
-    with torch.no_grad():
-        for first, batch in raw_blocks(store, features, rows, device):
-            for key, values in head.prepare(batch).items():
-                if key not in resident:
-                    kind = dtype if values.is_floating_point() else values.dtype
-                    shape = (len(rows), *values.shape[1:])
-                    resident[key] = torch.empty(shape, dtype=kind, device=device)
-                resident[key][first : first + len(values)] = values
+    reader = Reader(store, features, rows)
+    if not reader.blocks:
+        return {}
+    preparer = Preparer(head, device, dtype)
+    resident = preparer.room(len(rows), reader.sample())
+
+    def load(block: tuple[int, int]) -> None:
+        preparer.put(reader.read(block), resident, block[0])
+
+    with reading_threads() as pool:
+        # Asked for its results, so that an error is raised here.
+        list(pool.map(load, reader.blocks))
     return resident
 
 

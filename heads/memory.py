@@ -79,22 +79,31 @@ class Plan:
 
 
 def plan(
-    *, train: tuple[int, int], val: tuple[int, int], budget: int, batch_size: int, windows: int
+    *,
+    train: tuple[int, int],
+    val: tuple[int, int],
+    targets: int,
+    budget: int,
+    batch_size: int,
+    windows: float,
 ) -> Plan:
     """Keep everything in memory if it fits, else stream the training rows.
 
     Args:
         train, val: rows, and bytes of a prepared row.
-        budget: bytes for both.
+        targets: bytes of a row's targets, which are in memory in any case.
+        budget: bytes for all of them.
         batch_size: a window is never smaller.
-        windows: that are in memory at a time.
+        windows: how many windows' worth of rows is in memory at a time.
     """
-    needed = train[0] * train[1] + val[0] * val[1]
+    rows = train[0] + val[0]
+    needed = train[0] * train[1] + val[0] * val[1] + rows * targets
     if needed <= budget:
         return Plan(0, val[0], needed, budget)
-    val_rows = min(val[0], int(budget * VAL_SHARE) // max(val[1], 1))
-    room = budget - val_rows * val[1]
-    window = max(room // (windows * max(train[1], 1)), batch_size)
+    left = max(budget - rows * targets, 0)
+    val_rows = min(val[0], int(left * VAL_SHARE) // max(val[1], 1))
+    room = left - val_rows * val[1]
+    window = max(int(room / (windows * max(train[1] + targets, 1))), batch_size)
     return Plan(min(window, train[0]), val_rows, needed, budget)
 
 

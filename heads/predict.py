@@ -4,6 +4,7 @@ Legend: n rows, C labels.
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from mmc.heads import checks, formats
 from mmc.heads.artifact import Run
+from mmc.heads.batches import BLOCK_ROWS, READERS, Preparer, reading_threads
 from mmc.heads.devices import pick_device
+from mmc.heads.models.base import Batch
 from mmc.heads.options import PredictConfig
 from mmc.heads.ranking import top_k_mask
 from mmc.heads.temperature import probabilities
@@ -74,22 +77,34 @@ class Predictor:
         done: npt.NDArray[np.bool_] = self._done[rows]
         return done
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, rows: Rows) -> Tensor:
         """float32 (n, C) on the device; every row must be done."""
         out = torch.empty(len(rows), len(self.run.label_set), device=self.device)
-        for i in range(0, len(rows), self.batch):
-            taken = rows[i : i + self.batch]
-            batch = {
-                role: self._tensor(f.take(taken, check=True)) for role, f in self.features.items()
-            }
-            out[i : i + len(taken)] = self.head(batch)
+        step = min(self.batch, BLOCK_ROWS)
+        with reading_threads() as pool:
+            for i in range(0, len(rows), step):
+                out[i : i + step] = self.head.score(self._prepared(rows[i : i + step], pool))
         return out
 
-    def _tensor(self, values: npt.NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
-        # float16 products are slow on CPUs and overflow; stores are float16.
-        return tensor.float() if tensor.is_floating_point() else tensor
+    def _prepared(self, rows: Rows, pool: ThreadPoolExecutor) -> Batch:
+        """What the head prepares of ``rows``."""
+        preparer = Preparer(self.head, self.device, torch.float32)
+        room = preparer.room(len(rows), self._read(rows[:1]))
+        step = -(-len(rows) // READERS)
+
+        def prepare(start: int) -> None:
+            preparer.put(self._read(rows[start : start + step]), room, start)
+
+        list(pool.map(prepare, range(0, len(rows), step)))
+        return room
+
+    def _read(self, rows: Rows) -> Batch:
+        """The stored fields of ``rows``."""
+        return {
+            role: torch.from_numpy(feature.take(rows, check=True))
+            for role, feature in self.features.items()
+        }
 
 
 def logits(

@@ -1,4 +1,4 @@
-"""Streamed batches, for sets larger than memory: a window of rows is shuffled while a thread reads
+"""Streamed batches, for sets larger than memory: a window of rows is shuffled while threads read
 the next one.
 
 The store's blocks come in random order, and the rows of a window in random order among themselves.
@@ -7,9 +7,12 @@ Where one window holds everything, the batches are those of resident data.
 Legend: n rows used, B samples in a batch, C labels.
 """
 
+import itertools
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,12 +23,15 @@ from torch import Tensor
 from mmc.heads.batches import (
     ALONE,
     BLOCK_BYTES,
+    READERS,
     Gather,
+    Preparer,
     Reader,
     Rows,
     Share,
     derive_seed,
     order_generator,
+    reading_threads,
     stored_bytes,
 )
 from mmc.heads.models.base import Batch, Head
@@ -37,6 +43,9 @@ WINDOWS = 2
 """In memory at a time: one that batches come from while the other is filled."""
 BLOCKS_PER_WINDOW = 16
 """Blocks are made so small that a window mixes at least so many."""
+HELD = WINDOWS * (1 + 1 / BLOCKS_PER_WINDOW) + READERS / BLOCKS_PER_WINDOW
+"""Windows' worth of rows that are in memory: a window may be a block larger, and every thread that
+reads holds a block."""
 _BLOCK_ORDER = 4
 
 
@@ -46,7 +55,6 @@ class Window:
 
     inputs: Batch
     targets: Tensor
-    size: int = 0
     ready: torch.cuda.Event | None = None
     """When the copies to a GPU will be through."""
     free: torch.cuda.Event | None = None
@@ -84,12 +92,10 @@ class StreamedData:
     ) -> None:
         self.targets, self.share = targets, share
         self.window_rows = window_rows
-        self.device, self.dtype = device, dtype
-        self._head = head
+        self.device = device
         most = stored_bytes(store, features) * window_rows // BLOCKS_PER_WINDOW
-        self.reader = Reader(
-            store, features, rows, device, block_bytes=max(1, min(BLOCK_BYTES, most))
-        )
+        self.reader = Reader(store, features, rows, block_bytes=max(1, min(BLOCK_BYTES, most)))
+        self.preparer = Preparer(head, device, dtype)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -101,17 +107,21 @@ class StreamedData:
         return StreamedBatches(self, min(batch_size, len(self)), seed=seed, reads=reads)
 
     def blocks(self) -> Iterator[Batch]:
-        """See :class:`mmc.heads.batches.Data`."""
-        for block in self.reader.blocks:
-            yield self.prepared(block)
+        """See :class:`mmc.heads.batches.Data`; the next ones are read meanwhile."""
+        ahead: deque[Future[Batch]] = deque()
+        with reading_threads() as pool:
+            for block in self.reader.blocks:
+                ahead.append(pool.submit(self._prepared, block))
+                if len(ahead) > READERS:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
 
-    @torch.no_grad()
-    def prepared(self, block: tuple[int, int]) -> Batch:
-        """What the head prepares of one block, floats as ``dtype``."""
-        return {
-            key: values.to(self.dtype) if values.is_floating_point() else values
-            for key, values in self._head.prepare(self.reader.read(block)).items()
-        }
+    def _prepared(self, block: tuple[int, int]) -> Batch:
+        stored = self.reader.read(block)
+        prepared = self.preparer.room(block[1] - block[0], stored)
+        self.preparer.put(stored, prepared, 0)
+        return prepared
 
 
 class StreamedBatches:
@@ -194,7 +204,7 @@ class StreamedBatches:
                     window = free.get()
                     if window is None:
                         return
-                    self._fill(window, blocks)
+                    self._fill(window, blocks, pool)
                     full.put(window)
             except BaseException as error:  # handed over: raised where the batches are used
                 full.put(error)
@@ -213,13 +223,14 @@ class StreamedBatches:
                 free.put(found)
 
         thread = threading.Thread(target=read, name="mmc-read-ahead", daemon=True)
-        thread.start()
-        try:
-            yield windows()
-        finally:
-            free.put(None)
-            # Windows that were not asked for any more are in nobody's hands: wait for the reader.
-            thread.join()
+        with reading_threads() as pool:
+            thread.start()
+            try:
+                yield windows()
+            finally:
+                free.put(None)
+                # Windows that nobody asked for any more are in nobody's hands: wait for the reader.
+                thread.join()
 
     def _room(self, plan: list[list[tuple[int, int]]]) -> list[Window]:
         """The windows' tensors, made once."""
@@ -227,45 +238,47 @@ class StreamedBatches:
             largest = max(sum(last - first for first, last in blocks) for blocks in plan)
             # Windows of other epochs hold other blocks: up to one block more.
             largest = max(largest, min(self.data.window_rows, len(self.data)))
-            largest = min(largest + max(b - a for a, b in self.data.reader.blocks), len(self.data))
+            blocks = self.data.reader.blocks
+            largest = min(largest + max(last - first for first, last in blocks), len(self.data))
             # A share of a block may be a row larger than the others'.
-            largest = min(largest, largest // self.data.share.count + len(self.data.reader.blocks))
-            first = self.data.reader.blocks[0]
-            sample = self.data.prepared((first[0], first[0] + 1))
-            keys = self.reads if self.reads is not None else sample
+            largest = min(largest, largest // self.data.share.count + len(blocks))
+            sample = self.data.reader.sample()
             self._windows = [
                 Window(
-                    {key: sample[key].new_empty((largest, *sample[key].shape[1:])) for key in keys},
+                    self.data.preparer.room(largest, sample, self.reads),
                     self.data.targets.new_empty((largest, *self.data.targets.shape[1:])),
                 )
                 for _ in range(min(WINDOWS, len(plan)))
             ]
         return self._windows
 
-    def _fill(self, window: Window, blocks: list[tuple[int, int]]) -> None:
+    def _fill(
+        self, window: Window, blocks: list[tuple[int, int]], pool: ThreadPoolExecutor
+    ) -> None:
         """Read and prepare ``blocks`` into ``window``, on a stream of its own on a GPU."""
+        own = [block for block in map(self.data.share.block, blocks) if block[0] < block[1]]
+        places = list(itertools.accumulate((last - first for first, last in own), initial=0))[:-1]
         if self.data.device.type != "cuda":
-            self._copy(window, blocks)
+            list(pool.map(lambda block, place: self._copy(window, block, place), own, places))
             return
         stream = torch.cuda.Stream(self.data.device)
-        with torch.cuda.stream(stream):
-            if window.free is not None:
-                window.free.wait(stream)
-            self._copy(window, blocks)
-            window.ready = torch.cuda.Event()
-            window.ready.record(stream)
+        if window.free is not None:
+            window.free.wait(stream)
+
+        def copy(block: tuple[int, int], place: int) -> None:
+            with torch.cuda.stream(stream):
+                self._copy(window, block, place)
+
+        list(pool.map(copy, own, places))
+        window.ready = torch.cuda.Event()
+        window.ready.record(stream)
         # Tensors of the copies' way must live until they are through.
         stream.synchronize()
 
-    def _copy(self, window: Window, blocks: list[tuple[int, int]]) -> None:
-        window.size = 0
-        for first, last in map(self.data.share.block, blocks):
-            place = slice(window.size, window.size + last - first)
-            prepared = self.data.prepared((first, last))
-            for key, values in window.inputs.items():
-                values[place] = prepared[key]
-            window.targets[place] = self.data.targets[first:last]
-            window.size = place.stop
+    def _copy(self, window: Window, block: tuple[int, int], place: int) -> None:
+        first, last = block
+        self.data.preparer.put(self.data.reader.read(block), window.inputs, place)
+        window.targets[place : place + last - first] = self.data.targets[first:last]
 
 
 def _places(blocks: list[tuple[int, int]], share: Share) -> Tensor:

@@ -35,7 +35,7 @@ from mmc.heads.models import HEADS
 from mmc.heads.models.base import Head
 from mmc.heads.options import SEARCH, OptimConfig, TrainConfig, parse_set
 from mmc.heads.predict import Predictor
-from mmc.heads.streaming import WINDOWS, StreamedData
+from mmc.heads.streaming import HELD, StreamedData
 from mmc.heads.temperature import fit_temperature, probabilities
 from mmc.store.config import build
 from mmc.store.errors import InputError
@@ -364,9 +364,10 @@ class Setup:
         plan = memory.plan(
             train=(len(self.splits.train), -(-row // self.processes.count)),
             val=(len(self.splits.val), floats * torch.float32.itemsize + others),
+            targets=self._targets(rows[:1]).nbytes,
             budget=memory.parse_size(limit) if limit else memory.allowed(self.device),
             batch_size=self.batch_size,
-            windows=WINDOWS,
+            windows=HELD,
         )
         # The order of the rows depends on it, and so it is the main process's.
         (window_rows,) = self.processes.numbers([plan.window_rows], self.device)

@@ -96,6 +96,11 @@ class Feature:
         result: npt.NDArray[np.bool_] = self._status == DONE
         return result
 
+    @property
+    def chunk_rows(self) -> int:
+        """Rows that share a checksum; reads that start and end at a multiple of it are fastest."""
+        return self._layout.chunk_rows
+
     def take(
         self,
         rows: npt.ArrayLike | slice,

@@ -174,12 +174,19 @@ class MappedShard:
             for chunk in range(start // per_chunk, -(-stop // per_chunk)):
                 first, last = max(start, chunk * per_chunk), min(stop, (chunk + 1) * per_chunk)
                 part = out[(first - start) * size : (last - start) * size]
-                if descriptor is not None and last - first == per_chunk and self.present[chunk]:
+                inside = (first - chunk * per_chunk) * size
+                if descriptor is None or not self.present[chunk]:
+                    self.check(chunk)
+                    at = chunk * self._stride + inside
+                    part[:] = self._bytes[at : at + len(part)]
+                elif last - first == per_chunk:
                     self._read_chunk(descriptor, chunk, part)
-                    continue
-                self.check(chunk)
-                at = first * size + chunk * CRC_BYTES
-                part[:] = self._bytes[at : at + len(part)]
+                elif self._checked[chunk]:
+                    self._copy(descriptor, [part], chunk * self._stride + inside)
+                else:
+                    whole = np.empty(self.layout.chunk_bytes, np.uint8)
+                    self._read_chunk(descriptor, chunk, whole)
+                    part[:] = whole[inside : inside + len(part)]
 
     def check(self, chunk: int) -> None:
         """See :class:`Shard`."""
@@ -202,13 +209,15 @@ class MappedShard:
         self._checked[chunk] = True
 
     def _read_chunk(self, descriptor: int, chunk: int, out: Bytes) -> None:
-        """A whole chunk straight into ``out``: a copy by the kernel takes no page faults."""
+        """A whole chunk straight into ``out``."""
         stored = bytearray(CRC_BYTES)
-        buffers: list[Any] = [out, stored]
-        count = os.preadv(descriptor, buffers, chunk * self._stride)
-        if count != self._stride:
-            raise DamagedStoreError(f"{self.where} ended while it was read; {REMEDY}")
+        self._copy(descriptor, [out, stored], chunk * self._stride)
         self._compare(chunk, out, bytes(stored))
+
+    def _copy(self, descriptor: int, buffers: list[Any], offset: int) -> None:
+        """Bytes of the file into ``buffers``: a copy by the kernel takes no page faults."""
+        if os.preadv(descriptor, buffers, offset) != sum(map(len, buffers)):
+            raise DamagedStoreError(f"{self.where} ended while it was read; {REMEDY}")
 
     @contextlib.contextmanager
     def _reopened(self) -> Iterator[int | None]:

@@ -121,8 +121,7 @@ class Boost(Head):
         return replace(config, base_run=record)
 
     def prepare(self, batch: Batch) -> Batch:
-        fields = self.normalize({role: batch[role] for role in self.roles})
-        prepared = {"inputs": torch.cat(list(fields.values()), dim=-1)}
+        prepared = {"inputs": self.normalize.joined({role: batch[role] for role in self.roles})}
         if self.base is not None:
             roles: dict[str, str] = self.config.base_run["roles"]
             prepared["base"] = self.base({role: batch[own] for role, own in roles.items()})

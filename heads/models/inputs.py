@@ -21,6 +21,9 @@ from mmc.heads.models.base import Batch, Head
 
 Normalize = Literal["center", "l2", "standardize", "none"]
 
+TINY = 1e-12
+"""No vector is taken to be shorter."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PooledConfig:
@@ -45,14 +48,25 @@ class FieldNorm(nn.Module):
         self.register_buffer("scale", torch.full((width,), width**0.5 if mode == "l2" else 1.0))
 
     def forward(self, x_BD: Tensor) -> Tensor:
-        return (self.unscaled(x_BD) - self.shift) * self.scale
+        if not self.directed:
+            return (self.unscaled(x_BD) - self.shift) * self.scale
+        if self.mode == "standardize":
+            # In place: unit vectors are new memory, and more of it takes longer than the sums.
+            return self.unscaled(x_BD).sub_(self.shift).mul_(self.scale)
+        # One scale for all values: with the length a single factor, and one pass for three.
+        x_BD = x_BD.to(self.shift.dtype)
+        length_B1 = torch.linalg.vector_norm(x_BD, dim=-1, keepdim=True).clamp(min=TINY)
+        return torch.addcmul(-self.shift * self.scale, x_BD, self.scale[:1] / length_B1)
+
+    @property
+    def directed(self) -> bool:
+        """Whether directions are read; a single number, such as a match score, has none."""
+        return self.mode != "none" and len(self.shift) > 1
 
     def unscaled(self, x_BD: Tensor) -> Tensor:
         """What the moments are taken of: unit vectors, or the values as they are."""
         x_BD = x_BD.to(self.shift.dtype)
-        # A single number, such as a match score, has no direction to keep.
-        alone = x_BD.shape[-1] == 1
-        return x_BD if self.mode == "none" or alone else F.normalize(x_BD, dim=-1)
+        return F.normalize(x_BD, dim=-1, eps=TINY) if self.directed else x_BD
 
     def fit(self, mean: Tensor, variance: Tensor) -> None:
         """Set shift and scale from the moments (D,) of the training rows."""
@@ -79,6 +93,11 @@ class InputNorm(nn.Module):
 
     def forward(self, batch: Batch) -> Batch:
         return {role: norm(batch[role]) for role, norm in zip(self.roles, self.fields, strict=True)}
+
+    def joined(self, batch: Batch) -> Tensor:
+        """All fields side by side, (B, sum of D)."""
+        fields = list(self(batch).values())
+        return fields[0] if len(fields) == 1 else torch.cat(fields, dim=-1)
 
     def fit(self, blocks: Iterable[Batch]) -> None:
         """Set shifts and scales from the training rows (read only if the mode needs them)."""
@@ -118,7 +137,7 @@ class PooledHead(Head):
         self.width = sum(shape[0] for shape in inputs.values())
 
     def prepare(self, batch: Batch) -> Batch:
-        return {"inputs": torch.cat(list(self.normalize(batch).values()), dim=-1)}
+        return {"inputs": self.normalize.joined(batch)}
 
     def preparation(self) -> tuple[str, nn.Module] | None:
         return f"concatenated {self.normalize.mode}", self.normalize

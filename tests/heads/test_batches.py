@@ -1,6 +1,8 @@
 """Loading what a head reads, and cutting it into batches."""
 
+import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +15,10 @@ from mmc.heads.batches import (
     dropout_seed,
     load_prepared,
     raw_blocks,
+    reading_threads,
 )
 from mmc.heads.models.linear import Linear, LinearConfig
+from mmc.store.errors import DamagedStoreError
 
 FEATURES = {"image": "clip/image", "text": "clip/text"}
 CPU = torch.device("cpu")
@@ -34,7 +38,9 @@ def test_blocks_hold_the_rows_asked_for(make_store: Callable, monkeypatch, block
     np.testing.assert_array_equal(seen, store["clip/image"].take(rows).astype(np.float32))
 
 
-def test_prepared_inputs_are_what_the_head_prepares(make_store: Callable):
+@pytest.mark.parametrize("tile_rows", [1, 3, 1000])
+def test_prepared_inputs_are_what_the_head_prepares(make_store: Callable, monkeypatch, tile_rows):
+    monkeypatch.setitem(module.TILE_BYTES, "cpu", tile_rows * 4 * 16)
     store = make_store()
     rows = store.rows(features=list(FEATURES.values()))[5:33]
     head = Linear({"image": (8,), "text": (8,)}, 5, LinearConfig(normalize="l2"))
@@ -47,6 +53,48 @@ def test_prepared_inputs_are_what_the_head_prepares(make_store: Callable):
     half = load_prepared(store, FEATURES, rows, head, CPU, torch.bfloat16)
     assert half["inputs"].dtype == torch.bfloat16
     torch.testing.assert_close(half["inputs"].float(), loaded["inputs"], rtol=0.01, atol=0.01)
+
+
+def test_damage_met_by_a_reading_thread_is_raised(make_store: Callable):
+    store = make_store()
+    shard = Path(store.path, "features/clip/text/c.1.0")
+    data = bytearray(shard.read_bytes())
+    data[10] ^= 1
+    shard.write_bytes(data)
+    rows = store.rows(features=list(FEATURES.values()))
+    head = Linear({"image": (8,), "text": (8,)}, 5, LinearConfig())
+    with pytest.raises(DamagedStoreError, match="checksum"):
+        load_prepared(store, FEATURES, rows, head, CPU, torch.float32)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_reading_threads_compute_alone_and_others_as_before():
+    seen: list[int] = []
+    with reading_threads() as pool:
+        assert pool.submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 2
+    later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert seen == [2]
+
+
+def test_blocks_are_whole_chunks_where_there_is_room(make_store: Callable):
+    store = make_store()
+    rows = np.arange(len(store))
+    chunk = store["clip/image"].chunk_rows
+    assert chunk > 1
+    size = module.stored_bytes(store, FEATURES)
+    wide = module.Reader(store, FEATURES, rows, block_bytes=size * (2 * chunk + 1))
+    assert all(first % (2 * chunk) == 0 for first, _ in wide.blocks)
 
 
 def make(rows: int, batch_size: int, seed: int = 0, multilabel: bool = True) -> ResidentBatches:

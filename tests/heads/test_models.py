@@ -68,6 +68,19 @@ def test_constant_and_zero_features_stay_finite(mode):
     assert fitted(mode, x[:1].expand(40, -1))(x).isfinite().all()
 
 
+@pytest.mark.parametrize("mode", ["center", "l2", "standardize", "none"])
+def test_what_is_stored_is_never_written_to(mode):
+    """Sums are done in place, in memory that must be the head's own."""
+    x = features(40, 6)
+    norm, before = fitted(mode, x), x.clone()
+    first = norm(x)
+    assert torch.equal(x, before)
+    assert torch.equal(norm(x), first)
+    joined = InputNorm({"image": (6,)}, mode).joined({"image": x})
+    assert joined.shape == (40, 6)
+    assert torch.equal(x, before)
+
+
 def test_a_single_number_keeps_its_size():
     """Of unit length every match score would be 1."""
     norm = InputNorm({"itm": (1,)}, "center")

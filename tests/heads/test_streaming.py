@@ -24,6 +24,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(batches_module, "MIN_BLOCK_ROWS", 3)
+    monkeypatch.setitem(batches_module.TILE_BYTES, "cpu", 2 * 4 * 16)
 
 
 HEAD = Linear({"image": (8,), "text": (8,)}, 5, LinearConfig(normalize="l2"))
@@ -165,10 +166,24 @@ def test_what_is_no_size(text):
 
 
 def test_plan_keeps_to_the_budget():
-    place = memory.plan(train=(1000, 10), val=(100, 20), budget=12_000, batch_size=8, windows=2)
+    def plan(budget: int, targets: int = 0) -> memory.Plan:
+        return memory.plan(
+            train=(1000, 10),
+            val=(100, 20),
+            targets=targets,
+            budget=budget,
+            batch_size=8,
+            windows=2,
+        )
+
+    place = plan(12_000)
     assert (place.window_rows, place.val_rows) == (0, 100)
-    place = memory.plan(train=(1000, 10), val=(100, 20), budget=4_000, batch_size=8, windows=2)
+    place = plan(4_000)
     assert place.window_rows * 2 * 10 + place.val_rows * 20 <= 4_000
     assert 100 < place.window_rows < 1000
     assert 0 < place.val_rows < 100
+    assert plan(12_000, targets=1).window_rows > 0, "targets need memory too"
+    place = plan(4_000, targets=1)
+    assert place.window_rows * 2 * 11 + place.val_rows * 20 + 1100 <= 4_000
+    assert plan(500, targets=1).window_rows == 8
     assert memory.allowed(CPU) > 0
