@@ -196,9 +196,10 @@ def reduced(elements: Tensor, known: Tensor | None, reduction: Reduction) -> Ten
     ``mean`` is over the known elements, ``sum_per_sample_mean`` over the rows with any.
     """
     if known is None:
-        if reduction == "mean":
-            return elements.mean()
+        # The gradient of a sum, unlike that of a mean, is not written out for every element.
         total = elements.sum()
+        if reduction == "mean":
+            return total / elements.numel()
         return total if reduction == "sum" else total / max(len(elements), 1)
     total = (elements * known).sum()
     if reduction == "sum":

@@ -11,8 +11,8 @@ Shapes: B samples, C labels, F fields, D values of one field or of all together.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from mmc.heads.models.base import Batch, Stage, check_least
 from mmc.heads.models.per_field import PerFieldConfig, PerFieldHead, classifier
@@ -56,11 +56,12 @@ class Router(PerFieldHead):
         )
 
     def score(self, prepared: Batch) -> Tensor:
-        weights_BF = self._weights(prepared) * len(self.roles)
-        logits_BC = self.prior.expand(weights_BF.shape[0], -1)
+        fields = len(self.roles)
+        weights_BF = self._weights(prepared) * fields
+        # Less the prior of every field, whose weights sum to the number of fields.
+        logits_BC = self.prior * (1 - fields)
         for index, (role, classify) in enumerate(zip(self.roles, self.classifiers, strict=True)):
-            evidence_BC = classify(prepared[role]) - self.prior
-            logits_BC = logits_BC + weights_BF[:, index : index + 1] * evidence_BC
+            logits_BC = logits_BC + weights_BF[:, index : index + 1] * classify(prepared[role])
         return logits_BC
 
     def stages(self) -> list[Stage]:
@@ -74,6 +75,12 @@ class Router(PerFieldHead):
         return self._weights(self.prepare(batch))
 
     def _weights(self, prepared: Batch) -> Tensor:
-        x_BD = torch.cat([prepared[role] for role in self.roles], dim=-1)
-        weights_BF: Tensor = self.router(x_BD).float().softmax(-1)
+        first: nn.Linear = self.router[0]  # type: ignore[assignment]
+        # Field by field, since putting them side by side takes as long as the product.
+        fields = [prepared[role] for role in self.roles]
+        parts = first.weight.split(self.widths, dim=1)
+        hidden_BH = F.linear(fields[0], parts[0], first.bias)
+        for x_BD, weight in zip(fields[1:], parts[1:], strict=True):
+            hidden_BH = hidden_BH + F.linear(x_BD, weight)
+        weights_BF: Tensor = self.router[1:](hidden_BH).float().softmax(-1)
         return weights_BF
