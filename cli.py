@@ -26,6 +26,7 @@ from mmc.extract.captions_options import CaptionConfig
 from mmc.extract.options import ExtractConfig
 from mmc.extract.prepare_options import PrepareConfig
 from mmc.extract.sources import SourceOptions
+from mmc.extract.tuning.options import TuneConfig
 from mmc.heads.options import PredictConfig, TrainConfig
 from mmc.store.config import build, field_docs
 from mmc.store.errors import InputError, MmcError
@@ -52,6 +53,8 @@ CAPTION = """prompt beams max_tokens min_tokens column batch_size precision devi
 PREPARE = "to max_side quality shard_samples workers max_pixels overwrite"
 TRAIN = """head features loss batch_size epochs lr seed precision device max_memory track sweep
     seeds folds overwrite"""
+TUNE = """targets pairs pair_column upsample samples_per_epoch batch_size epochs lr label_template
+    seed precision device workers max_pixels merge overwrite"""
 PREDICT = "split form scores top_k at_least_one device"
 RENAMED = {"form": "--format"}
 COMPLETED = {"head": "heads", "loss": "losses"}
@@ -523,6 +526,62 @@ def run_command(
         )
     if json_output:
         _print_json([asdict(outcome) for outcome in outcomes])
+
+
+@app.command("tune")
+@_options(SourceOptions, SOURCE, into="source_options")
+@_options(TuneConfig, TUNE, into="settings")
+def tune_command(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Where the pairs come from; a::b::c for several; see `mmc list sources`.",
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the adapter.")],
+    backbone: Annotated[
+        str, typer.Option(help="The model to tune: open_clip:... or hf:..., of image and text.")
+    ],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A setting of the adapters or the optimiser, such as lora.rank=16 or "
+            "optim.micro_batch=32. Repeat.",
+        ),
+    ] = None,
+    json_output: Json = False,
+    *,
+    settings: dict[str, Any],
+    source_options: dict[str, Any],
+) -> None:
+    """Adapt a backbone to your pairs of pictures and texts (LoRA, contrastive loss); resumes.
+
+    \b
+    Example:
+      mmc tune my_data/ my.lora --backbone open_clip:ViT-B-32/laion2b_s34b_b79k
+      mmc extract my_data/ my.store --backbone "open_clip:ViT-B-32/laion2b_s34b_b79k[lora=my.lora]"
+    """
+    from mmc.extract.progress import Progress
+    from mmc.extract.tuning.options import groups
+    from mmc.extract.tuning.tune import tune
+
+    config = build(
+        TuneConfig,
+        settings
+        | groups(set_ or ())
+        | {
+            "backbone": backbone,
+            "source": build(SourceOptions, source_options, where="the source"),
+        },
+        where="mmc tune",
+    )
+    with Progress() as progress:
+        report = tune(source, out, config, report=_say, progress=progress)
+    if json_output:
+        _print_json(asdict(report))
 
 
 @app.command("evaluate")

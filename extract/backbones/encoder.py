@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmc.extract.backbones.base import (
     PROMPT,
@@ -79,7 +79,10 @@ class Encoder:
         identity: dict[str, Any],
         context: dict[str, Any],
         prompt_template: str = PROMPT,
+        model: nn.Module | None = None,
     ) -> None:
+        self.model = model
+        """What the towers are parts of, where it can be tuned."""
         self._image = image
         self._text = text
         self._fused = fused
@@ -100,6 +103,14 @@ class Encoder:
             raise InputError("this backbone has no text tower")
         with self._tokenizing:
             return self._text.tokenize(list(texts))
+
+    def embed_image(self, pixels: Tensor) -> Tensor:
+        """``image`` (B, D) float32 of uint8 (B, 3, H, W), with gradients where they are enabled."""
+        return self._image_fields(pixels)["image"].float()
+
+    def embed_text(self, tokens: TokenBatch) -> Tensor:
+        """``text`` (B, D) float32 of tokenized texts, with gradients where they are enabled."""
+        return self._text_fields(tokens, states_wanted=False)["text"]
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor, fields: Sequence[str]) -> dict[str, Tensor]:

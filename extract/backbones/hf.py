@@ -157,6 +157,7 @@ def _build(
         identity=identity,
         context=context,
         prompt_template=parts.prompt,
+        model=parts.model,
     )
 
 

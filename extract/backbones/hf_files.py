@@ -84,7 +84,7 @@ def _explained(files: Files, what: str) -> Iterator[None]:
 
 def load_config(files: Files) -> Any:
     """The model's config."""
-    with _explained(files, "config.json"), _quiet():
+    with _explained(files, "config.json"), quiet():
         return transformers.AutoConfig.from_pretrained(files.source)
 
 
@@ -120,7 +120,7 @@ def load_model(files: Files, kind: Any = transformers.AutoModel) -> nn.Module:
     Raises:
         InputError: weights are missing or do not fit.
     """
-    with _explained(files, "the weights"), _quiet():
+    with _explained(files, "the weights"), quiet():
         model, report = kind.from_pretrained(
             files.source,
             dtype=torch.float32,
@@ -148,7 +148,7 @@ def _is_needed(key: str) -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bar, no remarks on configs or unused weights on the terminal."""
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()

@@ -86,6 +86,7 @@ def load(
         dtype=dtype,
         identity=identity,
         context=context,
+        model=model,
     )
 
 

@@ -1,0 +1,1 @@
+"""Backbones of one's own: adapters for a pretrained one (`mmc tune`)."""

@@ -1,0 +1,169 @@
+"""The folder that a training writes: its checkpoint, and files that appear whole.
+
+``checkpoints/last.safetensors`` holds the tensors of an unfinished training; its metadata holds the
+rest as JSON. One file, written beside and renamed, is never half of two states. No generator state
+is in it: everything random follows from the seed, the epoch and the step.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from mmc.store.errors import InputError, MmcError
+
+CHECKPOINTS = "checkpoints"
+_FILE = "last.safetensors"
+_RECORD = "mmc"
+
+
+class Checkpoints:
+    """The checkpoint of one folder."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.path = folder / CHECKPOINTS / _FILE
+        self._identity = json.loads(json.dumps(identity))
+
+    def save(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Replace the checkpoint."""
+        plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        text = json.dumps({"identity": self._identity, "record": record})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.path, save_tensors(plain, metadata={_RECORD: text}))
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and record of the checkpoint, or None when there is none.
+
+        Raises:
+            InputError: it is of another training (the message says what differs), or damaged.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                saved = json.loads(file.metadata()[_RECORD])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise InputError(
+                f"{self.path} is not a checkpoint ({error}); --overwrite starts again"
+            ) from None
+        changed = _differences(saved["identity"], self._identity)
+        if changed:
+            raise InputError(
+                f"{self.path.parents[1]} holds an unfinished training with other settings "
+                f"({'; '.join(changed)}); give the same settings to continue it, or --overwrite "
+                "to start again"
+            )
+        return tensors, saved["record"]
+
+    def remove(self) -> None:
+        """Forget it: the training is whole."""
+        self.path.unlink(missing_ok=True)
+
+
+def part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors of one part of a checkpoint, without the part's name."""
+    prefix = f"{name}."
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+@contextmanager
+def claimed(folder: Path, ours: Sequence[str], record: str, *, overwrite: bool) -> Iterator[None]:
+    """Keep other trainings out of a folder that is new, empty or a training's own.
+
+    Args:
+        folder: what is in it but ``ours`` keeps it from being used.
+        ours: names of the files and folders of a training.
+        record: the one that says that it is finished.
+        overwrite: remove all of ``ours``.
+
+    Raises:
+        InputError: it holds something else, or a finished training.
+        MmcError: another process is at work there.
+    """
+    _check(folder, ours)
+    checkpoints, made = folder / CHECKPOINTS, not folder.exists()
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(checkpoints / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise MmcError(
+            f"{folder} is in use by another training; wait for it, or name another folder"
+        ) from None
+    try:
+        if (folder / record).exists() and not overwrite:
+            raise InputError(f"{folder} is finished; name another folder, or --overwrite it")
+        if overwrite:
+            _clear(folder, [record, *ours])
+        yield
+    finally:
+        lock.release()
+        (checkpoints / ".lock").unlink(missing_ok=True)
+        for empty in (checkpoints, folder) if made else (checkpoints,):
+            with contextlib.suppress(OSError):  # it holds something
+                empty.rmdir()
+
+
+def _check(folder: Path, ours: Sequence[str]) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; name a folder")
+    others = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+    others = [name for name in others if name not in ours and not name.endswith(".partial")]
+    if others:
+        raise InputError(f"{folder} holds other content ({others[0]}); name a new folder")
+
+
+def _clear(folder: Path, names: Sequence[str]) -> None:
+    """Remove the files of a training, its record first, so that no half of it looks whole."""
+    for name in names:
+        path = folder / name
+        if name == CHECKPOINTS:
+            (path / _FILE).unlink(missing_ok=True)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write ``path`` whole or not at all: beside it, synced, then renamed.
+
+    Raises:
+        MmcError: the disk is full or not ours to write.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise MmcError(f"cannot write {path}: {reason}; make room or rights, then go on") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """``key: before -> now`` of every leaf that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [
+            line
+            for key in dict.fromkeys([*before, *now])
+            for line in _differences(
+                before.get(key), now.get(key), f"{name}.{key}" if name else str(key)
+            )
+        ]
+    return [] if before == now else [f"{name}: {before} -> {now}"]

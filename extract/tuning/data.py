@@ -1,0 +1,352 @@
+"""Pairs of pictures and texts from sources, in batches, for training and for measuring.
+
+Every source is indexed once (tars by their headers), and pictures are read from where they lie, so
+an order is one of all pairs, not of a buffer's. What is random follows from the seed and the epoch.
+
+Legend: n pairs, b pairs of this process in a batch.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mmc.extract.backbones.base import TokenBatch
+from mmc.extract.backbones.encoder import Encoder
+from mmc.extract.content import Content
+from mmc.extract.images import ImageError, decode
+from mmc.extract.keys import drop_duplicates
+from mmc.extract.plan import Rows
+from mmc.extract.settings import usable_cores
+from mmc.extract.sources import Samples, SourceOptions, read_source
+from mmc.extract.sources.splits import by_hash
+from mmc.extract.tuning.distributed import World
+from mmc.extract.tuning.options import MORE
+from mmc.store.errors import InputError
+
+Say = Callable[[str], None]
+
+_ORDER, _DRAW = 1, 2
+_AHEAD = 2
+"""Batches that are decoded while another is trained on."""
+_HELD_OUT = (0.9, 0.1)
+_YES, _NO = {"1", "1.0", "true", "yes", "y"}, {"0", "0.0", "false", "no", "n", ""}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs, decoded and tokenized."""
+
+    rows: Rows
+    """(b,) of the set."""
+    pixels: Tensor
+    """uint8 (b, 3, H, W); zeros where ``valid`` is False."""
+    tokens: TokenBatch
+    valid: Tensor
+    """(b,) bool: the picture could be used."""
+
+
+@dataclass
+class PairSet:
+    """The samples of one or more sources."""
+
+    ids: pa.ChunkedArray
+    content: Content
+    splits: dict[str, Rows]
+    """Rows of train and val that have a picture and a text that belong together."""
+    source: NDArray[np.int64]
+    """(n,) which source a row is from."""
+    images: NDArray[np.int64]
+    """(n,) the same number for rows of the same picture (its place), -1 = none."""
+    texts: NDArray[np.int64]
+    """(n,) the same number for rows of the same text, -1 = none."""
+    labels: list[list[int] | None]
+    """n rows; None = unlabelled."""
+    label_set: tuple[str, ...]
+    groups: NDArray[np.int64]
+    """(n,) the same number for rows of the same labels, -1 = unlabelled."""
+    digest: str
+    """Hash of all that decides a training on these rows."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def contents(self) -> Tensor:
+        """int64 (n, 2): picture and text."""
+        return torch.from_numpy(np.stack([self.images, self.texts], 1))
+
+
+def read_pairs(
+    spec: str, options: SourceOptions, pair_column: str | None, *, workers: int | None, report: Say
+) -> PairSet:
+    """The pairs of a source, or of several with ``::`` between them.
+
+    Raises:
+        InputError: a source cannot be read, has no pairs, or its mask is not one of 1 and 0.
+    """
+    pieces = [piece.strip() for piece in spec.split(MORE)]
+    if not all(pieces):
+        raise InputError(f"SOURCE {spec!r}: write a source on both sides of each {MORE}")
+    read = []
+    for piece in pieces:
+        samples = read_source(piece, options)
+        for line in (*samples.notes, *(f"warning: {line}" for line in samples.warnings)):
+            report(line)
+        if options.dedupe:
+            drop_duplicates(samples, workers=workers or usable_cores(), report=report)
+        read.append(samples)
+    label_set = tuple(dict.fromkeys(name for samples in read for name in samples.label_set))
+    labels = [row for samples in read for row in _labels(samples, label_set)]
+    table = pa.concat_tables(
+        [_core(samples.table, at) for at, samples in enumerate(read)], promote_options="permissive"
+    )
+    sources = [samples.source for samples in read]
+    together = [
+        _together(samples.table, pair_column, piece)
+        for samples, piece in zip(read, pieces, strict=True)
+    ]
+    texts = _codes(_blank_to_null(table["text"]))
+    images = _codes(_places(table))
+    usable = (images >= 0) & (texts >= 0)
+    valid = usable & np.concatenate(together)
+    splits, notes = _splits(table, valid)
+    _explain(spec, usable, valid, splits, pair_column)
+    groups = _groups(labels, any(samples.task == "multilabel" for samples in read))
+    return PairSet(
+        ids=table["id"],
+        content=Content(table, sources),
+        splits=splits,
+        source=table["_source"].to_numpy().astype(np.int64),
+        images=images,
+        texts=texts,
+        labels=labels,
+        label_set=label_set,
+        groups=groups,
+        digest=_digest(table, labels, label_set, splits),
+        notes=notes,
+    )
+
+
+def _core(table: pa.Table, source: int) -> pa.Table:
+    """The columns that training reads, and which source it is."""
+    size = table["size"] if "size" in table.column_names else pa.nulls(len(table), pa.int64())
+    core = table.select(["id", "split", "text", "image", "image_offset"])
+    core = core.append_column("size", size)
+    return core.append_column("_source", pa.array(np.full(len(table), source, np.int16)))
+
+
+def _labels(samples: Samples, label_set: Sequence[str]) -> list[list[int] | None]:
+    """Labels of each row as places in the label set of all sources."""
+    at = {name: place for place, name in enumerate(label_set)}
+    moved = [at[name] for name in samples.label_set]
+    rows = samples.table["labels"].to_pylist()
+    return [None if row is None else sorted(moved[label] for label in row) for row in rows]
+
+
+def _together(table: pa.Table, column: str | None, where: str) -> NDArray[np.bool_]:
+    """(n,) what the column of the mask says; all True without one."""
+    if column is None:
+        return np.ones(len(table), np.bool_)
+    if column not in table.column_names:
+        raise InputError(
+            f"{where} has no column {column!r} for --pair-column; its columns are "
+            f"{', '.join(table.column_names)}"
+        )
+    cells = table[column].combine_chunks().cast(pa.string()).fill_null("").dictionary_encode()
+    words = [cell.strip().lower() for cell in cells.dictionary.to_pylist()]
+    for place, word in enumerate(words):
+        if word not in _YES | _NO:
+            row = int(np.flatnonzero(cells.indices.to_numpy() == place)[0])
+            raise InputError(
+                f"{where}: sample {table['id'][row].as_py()}: {column} is {word!r}; a mask of "
+                "pairs holds 1 and 0"
+            )
+    answers = np.array([word in _YES for word in words], np.bool_)
+    return answers[cells.indices.to_numpy()]
+
+
+def _blank_to_null(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    blank = pc.equal(pc.utf8_trim_whitespace(texts), "")
+    return pc.if_else(pc.fill_null(blank, True), pa.scalar(None, pa.string()), texts)
+
+
+def _places(table: pa.Table) -> pa.Array:
+    """(n,) where each picture lies, as one string; null = none."""
+    offsets = table["image_offset"].cast(pa.string()).fill_null("")
+    source = table["_source"].cast(pa.string())
+    return pc.binary_join_element_wise(source, table["image"], offsets, "\n")
+
+
+def _codes(values: pa.ChunkedArray) -> NDArray[np.int64]:
+    """(n,) a number for each value, the same for the same; -1 for null."""
+    indices = values.combine_chunks().dictionary_encode().indices
+    codes: NDArray[np.int64] = pc.fill_null(indices, -1).to_numpy().astype(np.int64)
+    return codes
+
+
+def _splits(table: pa.Table, valid: NDArray[np.bool_]) -> tuple[dict[str, Rows], list[str]]:
+    """Rows of train and val; a tenth of train is held out where there is no val."""
+    names = np.array(table["split"].to_pylist(), object)
+    found = {name: np.flatnonzero(valid & (names == name)) for name in ("train", "val")}
+    if len(found["val"]) or not len(found["train"]):
+        return found, []
+    train = found["train"]
+    parts = by_hash(table["id"].take(pa.array(train)).to_pylist(), _HELD_OUT)
+    found = {"train": train[parts == 0], "val": train[parts == 1]}
+    return found, [f"no val split: {len(found['val']):,} of {len(train):,} train pairs held out"]
+
+
+def _explain(
+    spec: str,
+    usable: NDArray[np.bool_],
+    valid: NDArray[np.bool_],
+    splits: dict[str, Rows],
+    pair_column: str | None,
+) -> None:
+    """Raises InputError where there is nothing to train on or to measure by."""
+    if not usable.any():
+        raise InputError(
+            f"{spec} has no sample with both a picture and a text; name the columns with "
+            "--image-column and --text-column"
+        )
+    if not valid.any():
+        raise InputError(f"{spec}: by {pair_column} no picture and text belong together")
+    for name, rows in splits.items():
+        if len(rows) < 2:
+            raise InputError(
+                f"{spec} has {len(rows)} pairs in {name}, at least 2 are needed; see "
+                "--split-column and --split-by"
+            )
+
+
+def _groups(labels: Sequence[list[int] | None], multilabel: bool) -> NDArray[np.int64]:
+    """(n,) a number for each set of labels; of several labels, none is no class of its own."""
+    seen: dict[tuple[int, ...], int] = {}
+    codes = np.full(len(labels), -1, np.int64)
+    for row, some in enumerate(labels):
+        if some is not None and (some or not multilabel):
+            codes[row] = seen.setdefault(tuple(some), len(seen))
+    return codes
+
+
+def _digest(
+    table: pa.Table,
+    labels: Sequence[Any],
+    label_set: Sequence[str],
+    splits: dict[str, Rows],
+) -> str:
+    digest = hashlib.sha256(repr(label_set).encode())
+    for name in ("id", "text", "image"):
+        digest.update("\0".join(value or "" for value in table[name].to_pylist()).encode())
+    digest.update(repr(list(labels)).encode())
+    for rows in splits.values():
+        digest.update(rows.astype(np.int64).tobytes())
+    return digest.hexdigest()
+
+
+class Sampler:
+    """Which pairs an epoch has, in which order."""
+
+    def __init__(
+        self,
+        pairs: PairSet,
+        *,
+        factors: Sequence[float] = (),
+        samples: int | None = None,
+        seed: int,
+    ) -> None:
+        """
+        Args:
+            factors: how often a pair of each source is drawn; () = as often as any other.
+            samples: pairs drawn with replacement; None: each once, unless there are factors.
+
+        Raises:
+            InputError: not as many factors as sources.
+        """
+        self._rows, self._seed = pairs.splits["train"], seed
+        sources = int(pairs.source.max()) + 1
+        if factors and len(factors) != sources:
+            raise InputError(f"--upsample has {len(factors)} factors for {sources} sources")
+        self.replaces = samples is not None or bool(factors)
+        self.length = samples or len(self._rows)
+        weights = np.asarray(factors or [1.0] * sources)[pairs.source[self._rows]]
+        self._cumulated = np.cumsum(weights)
+
+    def epoch(self, epoch: int) -> Rows:
+        """(length,) rows."""
+        if self.replaces:
+            random = np.random.default_rng([self._seed, _DRAW, epoch])
+            drawn = random.random(self.length) * self._cumulated[-1]
+            return self._rows[np.searchsorted(self._cumulated, drawn, side="right")]
+        return np.random.default_rng([self._seed, _ORDER, epoch]).permutation(self._rows)
+
+
+class Loader:
+    """Reads, decodes and tokenizes batches of a set a little ahead of their use."""
+
+    def __init__(
+        self, pairs: PairSet, encoder: Encoder, world: World, *, workers: int, max_pixels: int
+    ) -> None:
+        self._pairs, self._encoder, self._world = pairs, encoder, world
+        self._workers, self._max_pixels = workers, max_pixels
+        self.failed: dict[int, str] = {}
+        """Rows whose picture could not be used, and why."""
+
+    def batches(self, rows: Rows, size: int) -> Iterator[Batch]:
+        """This process's share of batches of ``size`` rows; a tail that fills none is left out."""
+        return self._load(
+            rows[start : start + size][self._world.slice(size)]
+            for start in range(0, len(rows) - size + 1, size)
+        )
+
+    def share(self, rows: Rows, size: int) -> Iterator[Batch]:
+        """This process's share of ``rows`` in batches of at most ``size``."""
+        mine = rows[self._world.slice(len(rows))]
+        return self._load(mine[start : start + size] for start in range(0, len(mine), size))
+
+    def _load(self, batches: Iterator[Rows]) -> Iterator[Batch]:
+        waiting: deque[tuple[Rows, list[Future[Tensor | ImageError]]]] = deque()
+        pool = ThreadPoolExecutor(self._workers, "mmc-decode")
+        try:
+            while True:
+                while len(waiting) <= _AHEAD and (rows := next(batches, None)) is not None:
+                    waiting.append((rows, [pool.submit(self._decode, int(row)) for row in rows]))
+                if not waiting:
+                    return
+                rows, pictures = waiting.popleft()
+                yield self._batch(rows, [picture.result() for picture in pictures])
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _decode(self, row: int) -> Tensor | ImageError:
+        transform = self._encoder.image_transform
+        assert transform is not None
+        try:
+            data = self._pairs.content.image_bytes(row)
+            return decode(data, transform, max_pixels=self._max_pixels)
+        except ImageError as error:
+            return error
+
+    def _batch(self, rows: Rows, pictures: Sequence[Tensor | ImageError]) -> Batch:
+        transform = self._encoder.image_transform
+        assert transform is not None
+        pixels = torch.zeros((len(rows), *transform.shape), dtype=torch.uint8)
+        valid = torch.ones(len(rows), dtype=torch.bool)
+        for place, picture in enumerate(pictures):
+            if isinstance(picture, Tensor):
+                pixels[place] = picture
+            else:
+                valid[place] = False
+                self.failed[int(rows[place])] = str(picture)
+        tokens = self._encoder.tokenize(self._pairs.content.texts(rows))
+        if self._world.device.type == "cuda":
+            pixels = pixels.pin_memory()
+        return Batch(rows, pixels, tokens, valid)

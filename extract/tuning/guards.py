@@ -1,0 +1,156 @@
+"""What a tuning proves about itself, on a few made-up inputs, before and after it trains.
+
+A LoRA adapter that is put in the wrong place trains without any error and changes nothing. So:
+every adapter must get a gradient and change the features; at first it must change nothing; the
+merged weights must give the features of the adapters; the model below must be what it was.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmc.extract.backbones.base import TokenBatch, weights_sha256
+from mmc.extract.tuning.adapters import Adapters
+from mmc.extract.tuning.targets import Target
+from mmc.extract.tuning.towers import Towers
+from mmc.store.errors import InputError, MmcError
+
+TOLERANCE = 1e-5
+"""Largest difference of features, as a share of the largest feature."""
+_TEXTS = ["a photo of a red house", "two dogs run under the tree in the rain, one sits", "x"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A few pictures and texts, the same for every call."""
+
+    pixels: Tensor
+    tokens: TokenBatch
+
+    @classmethod
+    def of(cls, towers: Towers) -> "Probe":
+        """Noise in blocks, as large as the backbone takes pictures."""
+        transform = towers.encoder.image_transform
+        assert transform is not None
+        random = torch.Generator().manual_seed(0)
+        blocks = torch.randint(0, 256, (len(_TEXTS), 3, 8, 8), generator=random).float()
+        pixels = torch.nn.functional.interpolate(blocks, size=transform.size)
+        return cls(pixels.to(torch.uint8), towers.encoder.tokenize(_TEXTS))
+
+    def features(self, towers: Towers) -> dict[str, Tensor]:
+        """``image`` and ``text`` (B, D) in float32, with gradients where they are enabled."""
+        encoder = towers.encoder
+        return {
+            "image": encoder.embed_image(self.pixels),
+            "text": encoder.embed_text(self.tokens),
+        }
+
+
+def used_targets(towers: Towers, targets: Sequence[Target], probe: Probe) -> list[Target]:
+    """Those of ``targets`` that the towers' features depend on (a decoder's, for one, are not).
+
+    Raises:
+        InputError: a tower has none.
+    """
+    weights = {target.key: target.weight for target in targets}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    used: set[tuple[int, str]] = set()
+    try:
+        for tower, features in probe.features(towers).items():
+            grads: tuple[Tensor | None, ...] = ()
+            if features.requires_grad:
+                every = list(weights.values())
+                grads = torch.autograd.grad(_mixed(features), every, allow_unused=True)
+            found = {
+                key
+                for key, grad in zip(weights, grads, strict=False)
+                if grad is not None and bool(grad.any())
+            }
+            if not found:
+                raise InputError(
+                    f"the {tower} tower has no layer of these --targets; others are q, k, v, mlp "
+                    "and, of CNNs, conv"
+                )
+            used |= found
+    finally:
+        for weight in weights.values():
+            weight.requires_grad_(False)
+    return [target for target in targets if target.key in used]
+
+
+def check_beginning(
+    towers: Towers, adapters: Adapters, probe: Probe, before: dict[str, Tensor]
+) -> None:
+    """New adapters change nothing; each gets a gradient; together they change both towers.
+
+    Args:
+        before: features of ``probe`` without the adapters.
+
+    Raises:
+        MmcError: an adapter without effect.
+    """
+    with torch.no_grad():
+        _compare(probe.features(towers), before, "new adapters change")
+    features = probe.features(towers)
+    ups = [part.B for _, part in adapters]
+    total = torch.stack([_mixed(value) for value in features.values()]).sum()
+    grads = torch.autograd.grad(total, ups, allow_unused=True)
+    dead = [
+        name
+        for (name, _), grad in zip(adapters, grads, strict=True)
+        if grad is None or not bool(grad.any())
+    ]
+    if dead:
+        raise MmcError(
+            f"the adapters of {', '.join(dead[:3])}{' …' if len(dead) > 3 else ''} have no effect "
+            "on the features, so they cannot be trained; choose other --targets"
+        )
+    with torch.no_grad():
+        for up, grad in zip(ups, grads, strict=True):
+            up.copy_(grad / grad.norm())
+        try:
+            changed = probe.features(towers)
+        finally:
+            for up in ups:
+                up.zero_()
+    for tower, value in changed.items():
+        if torch.equal(value, before[tower]):
+            raise MmcError(f"the adapters do not change the {tower} features")
+
+
+def check_end(
+    towers: Towers, base_weights: str, probe: Probe, tuned: dict[str, Tensor], merge: Callable
+) -> None:
+    """The model is what it was, and with the saved adapter merged it gives the tuned features.
+
+    Args:
+        towers: without the adapters.
+        base_weights: hash of the model's weights when it was loaded.
+        tuned: features of ``probe`` with the adapters.
+        merge: adds the saved adapter to the model.
+
+    Raises:
+        MmcError: something else than the adapters has moved, or they are not what was saved.
+    """
+    if weights_sha256(towers.model.state_dict()) != base_weights:
+        raise MmcError("the model's own weights have changed in training; nothing was kept")
+    merge()
+    with torch.no_grad():
+        _compare(probe.features(towers), tuned, "the merged adapter changes")
+
+
+def _compare(found: dict[str, Tensor], wanted: dict[str, Tensor], what: str) -> None:
+    for tower, value in found.items():
+        difference = float((value - wanted[tower]).abs().max() / wanted[tower].abs().max())
+        if not difference <= TOLERANCE:
+            raise MmcError(f"{what} the {tower} features by {difference:.1e} of their size")
+
+
+def _mixed(features: Tensor) -> Tensor:
+    """A scalar that every feature of every row takes part in."""
+    random = torch.Generator().manual_seed(1)
+    weights = torch.randn(features.shape, generator=random).to(features.device)
+    return (features * weights).sum()

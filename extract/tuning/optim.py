@@ -1,0 +1,55 @@
+"""AdamW and its learning rate over time, the same for tuning and for pretraining."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from mmc.extract.tuning.options import OptimConfig
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW; matrices decay; biases, norms and scalars do not."""
+    every = list(parameters)
+    groups = [
+        {"params": [p for p in every if (p.ndim > 1) == decays], "weight_decay": decay}
+        for decays, decay in ((True, config.weight_decay), (False, 0.0))
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=0.0,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def lr_factor(step: int, total: int, config: OptimConfig) -> float:
+    """Share of the peak learning rate at ``step`` of ``total``: warm-up, then the schedule."""
+    warmup = config.warmup * total
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.schedule == "constant":
+        return 1.0
+    progress = (step - warmup) / max(total - warmup, 1)
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's moments and step counts by ``<index>.<name>``."""
+    return {
+        f"{index}.{name}": value
+        for index, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, packed: dict[str, Tensor]) -> None:
+    """Give the optimiser the state that `pack_optimizer` took from one of the same parameters."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in packed.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
