@@ -52,8 +52,8 @@ class PairMask:
         if groups is not None and rule != "own":
             alike = (groups[:, None] == groups[None, :]) & (groups[:, None] >= 0)
         repeated = torch.zeros_like(own)
-        if same is not None:
-            repeated = (same[:, None, :] == same[None, :, :]).any(2)
+        for content in () if same is None else same.T:
+            repeated |= content[:, None] == content[None, :]
         positives = both & ((own | alike) if rule == "positives" else own)
         left_out = repeated | alike
         return cls(positives, positives | (both & ~left_out))
@@ -112,5 +112,5 @@ def _row_losses(logits: Tensor, positives: Tensor, counted: Tensor) -> Tensor:
     some = positives.any(1, keepdim=True)
     # A row of nothing but -inf would be NaN, in its gradient too.
     logits = logits.masked_fill(~counted & some, -torch.inf).masked_fill(~some, 0.0)
-    shares = positives / positives.sum(1, keepdim=True).clamp(min=1)
+    shares = positives.to(logits.dtype) / positives.sum(1, keepdim=True).clamp(min=1)
     return -torch.where(positives, shares * logits.log_softmax(1), 0.0).sum(1)

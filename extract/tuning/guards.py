@@ -96,8 +96,10 @@ def check_beginning(
         _compare(probe.features(towers), before, "new adapters change")
     features = probe.features(towers)
     ups = [part.B for _, part in adapters]
-    total = torch.stack([_mixed(value) for value in features.values()]).sum()
-    grads = torch.autograd.grad(total, ups, allow_unused=True)
+    reached = [_mixed(value) for value in features.values() if value.requires_grad]
+    grads: tuple[Tensor | None, ...] = (None,) * len(ups)
+    if reached:
+        grads = torch.autograd.grad(torch.stack(reached).sum(), ups, allow_unused=True)
     dead = [
         name
         for (name, _), grad in zip(adapters, grads, strict=True)
@@ -110,6 +112,7 @@ def check_beginning(
         )
     with torch.no_grad():
         for up, grad in zip(ups, grads, strict=True):
+            assert grad is not None
             up.copy_(grad / grad.norm())
         try:
             changed = probe.features(towers)
