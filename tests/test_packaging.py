@@ -50,7 +50,14 @@ def test_constraints_hold_no_addresses():
 
 
 @pytest.mark.parametrize(
-    "module", ["mmc.cli", "mmc.store", "mmc.extract.backbones", "mmc.extract.sources"]
+    "module",
+    [
+        "mmc.cli",
+        "mmc.store",
+        "mmc.extract.backbones",
+        "mmc.extract.sources",
+        "mmc.extract.tuning.options",
+    ],
 )
 def test_light_modules_import_no_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

@@ -160,6 +160,7 @@ class _Tuning:
         self._checkpoints = Checkpoints(folder, self._identity())
         self._at = _Position()
         self._best: dict[str, Tensor] = {}
+        self._failed = 0
 
     def _fit_batch(self) -> int:
         """The batch size, not more than there are pairs, and the same for every process."""
@@ -450,6 +451,7 @@ class _Tuning:
         with torch.no_grad():
             tuned = self._probe.features(self._towers)
         self._adapters.remove()
+        self._failed = self._count_failed()
         if not self._world.first:
             return
         folder, config, base = self._folder, self._config, self._encoder.identity["weights"]
@@ -479,6 +481,13 @@ class _Tuning:
         saving.write_json(folder / saving.RECORD, self._record())
         self._checkpoints.remove()
 
+    def _count_failed(self) -> int:
+        """Rows of all processes whose picture could not be used."""
+        rows = torch.zeros(len(self._pairs.ids), device=self._world.device)
+        rows[list(self._loader.failed)] = 1
+        self._world.sum_([rows])
+        return int(rows.count_nonzero())
+
     def _metrics(self, epoch: int) -> dict[str, float]:
         row = self._at.history[epoch]
         assert row["epoch"] == epoch
@@ -495,7 +504,7 @@ class _Tuning:
             "steps": self._at.step,
             "train": len(self._pairs.splits["train"]),
             "val": len(self._val),
-            "failed": len(self._loader.failed),
+            "failed": self._failed,
             "best_epoch": self._at.best_epoch,
             "before": self._metrics(0),
             "after": self._metrics(self._at.best_epoch),
@@ -505,10 +514,9 @@ class _Tuning:
     def _report(self, started: float, rate: float, resumed: bool) -> TuneReport:
         before, after = self._metrics(0), self._metrics(self._at.best_epoch)
         metric, folder = self._config.optim.metric, self._folder
-        failed = self._loader.failed
-        if failed:
-            self._say(f"warning: {len(failed):,} pictures cannot be used:")
-            for row, why in list(failed.items())[:_SAID]:
+        if self._failed:
+            self._say(f"warning: {self._failed:,} pictures cannot be used:")
+            for row, why in list(self._loader.failed.items())[:_SAID]:
                 self._say(f"  {self._pairs.ids[row].as_py()}: {why}")
         if after[metric] <= before[metric]:
             self._say(
@@ -529,7 +537,7 @@ class _Tuning:
             parameters=sum(parameter.numel() for parameter in self._trained),
             pairs=len(self._pairs.splits["train"]),
             val=len(self._val),
-            failed=len(failed),
+            failed=self._failed,
             before=before,
             after=after,
             best_epoch=self._at.best_epoch,

@@ -43,6 +43,7 @@ def test_the_commands():
         "prepare",
         "run",
         "train-head",
+        "tune",
         "verify",
     ]
 

@@ -1,0 +1,501 @@
+"""`mmc tune`, from a source to an adapter that `mmc extract` uses: what it trains and refuses."""
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tars import jpeg, write_tar
+from tiny_models import tiny_bert, tiny_hf_clip, tiny_open_clip, tiny_vit
+
+from mmc.extract.backbones import load_backbone
+from mmc.extract.options import ExtractConfig
+from mmc.extract.pipeline import extract
+from mmc.extract.sources import SourceOptions
+from mmc.extract.tuning import tune as tuning
+from mmc.extract.tuning.data import Sampler, read_pairs
+from mmc.extract.tuning.measure import retrieval, zero_shot
+from mmc.extract.tuning.options import LoraConfig, OptimConfig, TuneConfig, TuneReport, groups
+from mmc.extract.tuning.tune import tune
+from mmc.store import EmbeddingStore
+from mmc.store.errors import InputError, MmcError
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220), "small": (9, 9, 9)}
+HEADER = ["id", "image", "text", "label", "split", "pair", "kind"]
+
+
+def make_set(folder: Path, each: int = 5, bad: bool = False) -> Path:
+    """Pictures of a left and a right colour, captions that name both: 16 kinds of pairs."""
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    rows = [HEADER]
+    for number in range(each):
+        for left, one in COLOURS.items():
+            for right, other in COLOURS.items():
+                name = f"{left}-{right}-{number}"
+                pixels = np.empty((32, 32, 3))
+                pixels[:, :16], pixels[:, 16:] = one, other
+                pixels += draw.integers(-25, 26, pixels.shape)
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{name}.png")
+                split = ("val", "test", "train")[min(number, 2)]
+                caption = f"a {left} and a {right} {('car', 'dog', 'tree', 'house')[number % 4]}"
+                rows.append([name, f"{name}.png", caption, left, split, "1", left])
+    if bad:
+        (folder / "green-red-3.png").write_bytes(b"not a picture")
+    return write_table(folder / "pairs.csv", rows)
+
+
+def read_table(path: Path) -> list[list[str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def write_table(path: Path, rows: list[list[str]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    return path
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_set(tmp_path_factory.mktemp("set") / "set")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_hf_clip(tmp_path_factory.mktemp("model") / "clip")
+
+
+SOURCE = SourceOptions(
+    image_column="image", text_column="text", label_column="label", split_column="split"
+)
+
+
+def config(backbone: str, **settings: Any) -> TuneConfig:
+    """Short, in float32, on the CPU, unless ``settings`` say otherwise."""
+    defaults = {
+        "precision": "float32",
+        "device": "cpu",
+        "batch_size": 16,
+        "epochs": 2,
+        "lr": 3e-3,
+        "workers": 2,
+        "source": SOURCE,
+    }
+    return TuneConfig(backbone=backbone, **{**defaults, **settings})
+
+
+def run(
+    table: Any,
+    out: Path,
+    backbone: str,
+    *,
+    said: list[str] | None = None,
+    progress: Callable = tuning.silent,
+    **settings: Any,
+) -> TuneReport:
+    report = [].append if said is None else said.append
+    return tune(str(table), out, config(backbone, **settings), report=report, progress=progress)
+
+
+def adapter(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter_model.safetensors")
+
+
+def embed(table: Path, store: Path, spec: str) -> np.ndarray:
+    settings = ExtractConfig(
+        backbones=(spec,),
+        names=("clip",),
+        precision="float32",
+        device="cpu",
+        workers=1,
+        source=SOURCE,
+    )
+    extract(str(table), str(store), settings, report=lambda line: None)
+    opened = EmbeddingStore.open(str(store))
+    rows = slice(0, len(opened))
+    return np.concatenate([opened[f"clip/{name}"].take(rows) for name in ("image", "text")])
+
+
+def test_a_domain_that_the_backbone_does_not_know(table: Path, clip: str, tmp_path: Path):
+    """Random towers find one text in sixteen; tuned ones most; the head of the work is real."""
+    said: list[str] = []
+    report = run(
+        table,
+        tmp_path / "out",
+        clip,
+        targets=("out", "q", "k", "v", "mlp"),
+        epochs=25,
+        lr=1e-2,
+        said=said,
+        lora=LoraConfig(logit_scale=True),
+    )
+    assert report.before["image_to_text_R@1"] < 0.3
+    assert report.after["image_to_text_R@1"] > 0.6
+    assert report.after["text_to_image_R@1"] > 0.6
+    assert report.after["zero_shot"] > report.before["zero_shot"] + 0.3
+    assert (report.pairs, report.val, report.failed) == (48, 16, 0)
+    assert any(line.startswith("before: ") for line in said)
+    record = json.loads((tmp_path / "out" / "tune.json").read_text(encoding="utf-8"))
+    assert record["after"] == report.after
+    assert record["config"]["lr"] == 1e-2
+    with (tmp_path / "out" / "history.csv").open(encoding="utf-8") as file:
+        history = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in history] == list(range(26))
+    best = max(history[1:], key=lambda row: (float(row["val_retrieval"]), -float(row["val_loss"])))
+    assert int(best["epoch"]) == report.best_epoch == record["best_epoch"]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "tune.json", "history.csv"}
+
+
+@pytest.mark.parametrize("build", [tiny_hf_clip, tiny_open_clip])
+def test_extract_uses_the_adapter_and_the_merged_model_alike(
+    build: Callable, table: Path, tmp_path: Path
+):
+    spec = build(tmp_path / "model")
+    report = run(table, tmp_path / "out", spec, merge=True, lr=1e-2)
+    family = spec.partition(":")[0]
+    plain = embed(table, tmp_path / "plain", spec)
+    tuned = embed(table, tmp_path / "tuned", f"{spec}[lora={report.out}]")
+    merged = embed(table, tmp_path / "merged", f"{family}:{report.merged}")
+    assert np.abs(tuned - merged).max() <= 1e-3  # float16 stores
+    assert np.abs(tuned - plain).max() > 0.05
+    base = load_backbone(spec, device="cpu", precision="float32").identity["weights"]
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert saved["base_weights"] == base
+
+
+def test_an_adapter_of_another_model_is_refused(table: Path, clip: str, tmp_path: Path):
+    run(table, tmp_path / "out", clip, epochs=1)
+    other = tiny_hf_clip(tmp_path / "other", seed=1)
+    with pytest.raises(InputError, match="was trained on other weights"):
+        load_backbone(f"{other}[lora={tmp_path / 'out'}]", device="cpu", precision="float32")
+
+
+def test_a_tuning_that_was_stopped_ends_in_the_same_bits(table: Path, clip: str, tmp_path: Path):
+    settings = {
+        "epochs": 4,
+        "lora": LoraConfig(dropout=0.3, logit_scale=True),
+        "optim": OptimConfig(checkpoint_epochs=2, micro_batch=6, weight_decay=0.1),
+    }
+    run(table, tmp_path / "whole", clip, **settings)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if done == 8:  # of 12: in the third epoch
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(table, tmp_path / "stopped", clip, progress=stop, **settings)
+    assert (tmp_path / "stopped" / "checkpoints" / "last.safetensors").exists()
+    assert not (tmp_path / "stopped" / "tune.json").exists()
+    with pytest.raises(InputError, match=r"other settings \(config.lr: 0.003 -> 0.5\)"):
+        run(table, tmp_path / "stopped", clip, lr=0.5, **settings)
+    steps: list[int] = []
+    report = run(
+        table,
+        tmp_path / "stopped",
+        clip,
+        progress=lambda stage, done, total: steps.append(done),
+        **settings,
+    )
+    assert report.resumed
+    assert steps == list(range(7, 13))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        whole = (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "stopped" / name).read_bytes() == whole
+    whole, stopped = (read_table(tmp_path / n / "history.csv") for n in ("whole", "stopped"))
+    assert whole[0][-1] == "seconds"
+    assert [row[:-1] for row in whole] == [row[:-1] for row in stopped]
+    assert not (tmp_path / "stopped" / "checkpoints").exists()
+
+
+def test_what_is_finished_is_kept(table: Path, clip: str, tmp_path: Path):
+    run(table, tmp_path / "out", clip)
+    before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="is finished; name another folder, or --overwrite"):
+        run(table, tmp_path / "out", clip, epochs=3)
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
+    run(table, tmp_path / "out", clip, epochs=3, overwrite=True)
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() != before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(InputError, match="holds other content"):
+        run(table, tmp_path / "other", clip)
+
+
+def test_pairs_that_the_mask_leaves_out_add_nothing(table: Path, clip: str, tmp_path: Path):
+    """The adapter is that of a table without them, whatever their pictures and texts are."""
+    rows = read_table(table)
+    keep = [place % 3 != 0 for place in range(len(rows))]
+    masked = [
+        [*row[:5], "1" if kept else "0", row[6]] for row, kept in zip(rows, keep, strict=True)
+    ]
+    masked[0] = HEADER
+    wrong = [[*row[:2], row[2] if row[5] == "1" else "green green", *row[3:]] for row in masked[1:]]
+    write_table(table.parent / "masked.csv", [HEADER, *wrong])
+    write_table(
+        table.parent / "without.csv",
+        [HEADER, *(row for row, kept in zip(rows[1:], keep[1:], strict=True) if kept)],
+    )
+    first = run(table.parent / "masked.csv", tmp_path / "masked", clip, pair_column="pair")
+    second = run(table.parent / "without.csv", tmp_path / "without", clip)
+    assert first.pairs == second.pairs == 32
+    ours, theirs = adapter(tmp_path / "masked"), adapter(tmp_path / "without")
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+
+
+@pytest.mark.parametrize("rule", ["positives", "exclude"])
+def test_labels_decide_who_is_a_negative(rule: str, table: Path, clip: str, tmp_path: Path):
+    run(table, tmp_path / "own", clip, epochs=1)
+    run(table, tmp_path / rule, clip, epochs=1, pairs=rule)
+    own, other = adapter(tmp_path / "own"), adapter(tmp_path / rule)
+    assert not all(torch.equal(own[name], other[name]) for name in own)
+    unlabelled = SourceOptions(
+        image_column="image", text_column="text", label_column="-", split_column="split"
+    )
+    with pytest.raises(InputError, match=f"--pairs {rule} goes by labels"):
+        run(table, tmp_path / "none", clip, pairs=rule, source=unlabelled)
+
+
+def test_pictures_that_cannot_be_used_are_counted(clip: str, tmp_path: Path):
+    said: list[str] = []
+    report = run(make_set(tmp_path / "bad", bad=True), tmp_path / "out", clip, said=said)
+    assert report.failed == 1
+    assert any(line.strip().startswith("green-red-3: ") for line in said)
+    assert all(torch.isfinite(value).all() for value in adapter(tmp_path / "out").values())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+def test_precision_and_memory_are_a_matter_of_cost(
+    precision: str, table: Path, clip: str, tmp_path: Path
+):
+    """Parts and checkpointed blocks compute the same; bfloat16 nearly the same."""
+    run(table, tmp_path / "plain", clip, batch_size=48, epochs=3)
+    small = OptimConfig(micro_batch=7, gradient_checkpointing=True)
+    run(table, tmp_path / "small", clip, batch_size=48, epochs=3, optim=small, precision=precision)
+    wanted, found = adapter(tmp_path / "plain"), adapter(tmp_path / "small")
+    for name, value in wanted.items():
+        close = 2e-4 if precision == "float32" else 0.2
+        assert (found[name] - value).norm() <= close * value.norm(), name
+        assert found[name].dtype == torch.float32
+
+
+SECOND = """
+import sys
+from mmc.extract.sources import SourceOptions
+from mmc.extract.tuning.options import LoraConfig, OptimConfig, TuneConfig
+from mmc.extract.tuning.tune import tune
+tune(sys.argv[1], sys.argv[2], eval(sys.argv[3]), report=print)
+"""
+
+
+def test_two_processes_train_as_one(clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As `torchrun` starts them: this process and another; one picture cannot be used."""
+    table = make_set(tmp_path / "set", bad=True)
+    settings = {
+        "seed": 3,
+        "lora": LoraConfig(dropout=0.2, logit_scale=True),
+        "optim": OptimConfig(micro_batch=5, val_samples=15),
+    }
+    run(table, tmp_path / "one", clip, **settings)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    told = repr(config(clip, **settings))
+    command = [sys.executable, "-c", SECOND, str(table), str(tmp_path / "two"), told]
+    other = subprocess.Popen(
+        command, env=os.environ | world | {"RANK": "1"}, stdout=subprocess.PIPE, text=True
+    )
+    for name, value in (world | {"RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    report = run(table, tmp_path / "two", clip, **settings)
+    assert other.communicate(timeout=180) == ("", None)  # the first alone speaks
+    assert other.returncode == 0
+    assert report.after["retrieval"] > 0
+    one, two = adapter(tmp_path / "one"), adapter(tmp_path / "two")
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-6)
+    records = [json.loads((tmp_path / out / "tune.json").read_text()) for out in ("one", "two")]
+    for name, value in records[0]["after"].items():
+        assert records[1]["after"][name] == pytest.approx(value, abs=1e-4)
+    assert [record["processes"] for record in records] == [1, 2]
+    assert [record["failed"] for record in records] == [1, 1]
+
+
+def tars(folder: Path, name: str, count: int) -> Path:
+    members: dict[str, Any] = {}
+    for number in range(count):
+        key = f"{number:03d}"
+        members |= {f"{key}.jpg": jpeg(number), f"{key}.txt": f"{name} {number}"}
+        members[f"{key}.json"] = {"split": "val" if number % 4 == 0 else "train"}
+    return write_tar(folder / f"{name}.tar", members)
+
+
+def test_streams_of_tars_drawn_with_replacement(clip: str, tmp_path: Path):
+    source = f"{tars(tmp_path, 'first', 24)}::{tars(tmp_path, 'second', 12)}"
+    pairs = read_pairs(source, SourceOptions(), None, workers=1, report=lambda line: None)
+    assert (len(pairs.splits["train"]), len(pairs.splits["val"])) == (27, 9)
+    sampler = Sampler(pairs, factors=(1, 4), samples=6000, seed=0)
+    drawn = sampler.epoch(0)
+    assert len(drawn) == 6000
+    assert set(drawn) == set(pairs.splits["train"])
+    assert np.array_equal(drawn, sampler.epoch(0))
+    assert not np.array_equal(drawn, sampler.epoch(1))
+    counts = Counter(pairs.source[drawn].tolist())
+    # 18 pairs of the first, 9 of the second, four times as often: 18 to 36.
+    assert counts[1] / 6000 == pytest.approx(36 / 54, abs=0.03)
+    once = Sampler(pairs, seed=0).epoch(0)
+    assert sorted(once) == sorted(pairs.splits["train"])
+
+    steps: list[int] = []
+    run(
+        source,
+        tmp_path / "out",
+        clip,
+        upsample="1::4",
+        samples_per_epoch=40,
+        batch_size=8,
+        source=SourceOptions(),
+        progress=lambda stage, done, total: steps.append(total),
+    )
+    assert len(steps) == 10
+    assert set(steps) == {10}
+    with pytest.raises(InputError, match="3 factors for 2 sources"):
+        run(source, tmp_path / "no", clip, upsample="1::2::3", source=SourceOptions())
+
+
+def test_without_val_a_tenth_of_train_is_held_out(table: Path, clip: str, tmp_path: Path):
+    rows = read_table(table)
+    write_table(
+        tmp_path / "train.csv",
+        [HEADER[:4], *([row[0], str(table.parent / row[1]), *row[2:4]] for row in rows[1:])],
+    )
+    options = SourceOptions(allow_absolute_paths=True, label_column="label")
+    pairs = read_pairs(
+        str(tmp_path / "train.csv"), options, None, workers=1, report=lambda line: None
+    )
+    assert "held out" in pairs.notes[0]
+    assert len(pairs.splits["train"]) + len(pairs.splits["val"]) == 80
+    assert 2 <= len(pairs.splits["val"]) <= 16
+    assert not set(pairs.splits["train"]) & set(pairs.splits["val"])
+
+
+def test_retrieval_by_hand():
+    """Three pictures; the first has two captions; one caption is shared by two pictures."""
+    image = torch.eye(3)[torch.tensor([0, 0, 1, 2])]
+    text = torch.tensor([[0.9, 0, 0], [0.1, 0.8, 0], [0, 0.2, 0.7], [0, 0.2, 0.7]])
+    images, texts = np.array([5, 5, 7, 9]), np.array([0, 1, 2, 2])
+    found = retrieval(image, text, images, texts)
+    # Picture 5 finds its text 0; 7 finds text 1 before its own text 2; 9 finds text 2.
+    assert found["image_to_text_R@1"] == pytest.approx(2 / 3)
+    # Text 0 finds picture 5, text 1 picture 7 (wrong), text 2 picture 9, which is one of its own.
+    assert found["text_to_image_R@1"] == pytest.approx(2 / 3)
+    assert found["image_to_text_R@5"] == found["text_to_image_R@10"] == 1
+    assert found["retrieval"] == pytest.approx((4 / 3 + 4) / 6)
+
+
+def test_features_that_are_all_alike_find_nothing():
+    alike = torch.ones(12, 3)
+    found = retrieval(alike, alike, np.arange(12), np.arange(12))
+    assert set(found.values()) == {0.0}
+    assert set(zero_shot(alike, alike[:7], [[0]] * 12).values()) == {0.0}
+
+
+def test_zero_shot_by_hand():
+    image = torch.eye(6)[:3]
+    labels = torch.eye(6)[torch.tensor([0, 2, 1, 3, 4, 5])]
+    found = zero_shot(image, labels, [[0], None, [1]])
+    assert found == {"zero_shot": 1.0, "zero_shot_top5": 1.0}
+    assert zero_shot(image, labels, [[1], [], None])["zero_shot"] == 0
+    assert zero_shot(image, labels, [None, [], None]) == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"pair_column": "pairs"}, "no column 'pairs' for --pair-column; its columns are"),
+        ({"pair_column": "kind"}, r"kind is 'red'; a mask of pairs holds 1 and 0"),
+        ({"precision": "fp16"}, "fp16 needs a GPU"),
+        ({"batch_size": 1}, "a pair alone has no negatives"),
+        ({"epochs": 0}, "--epochs must be 1 or more"),
+        ({"lr": float("nan")}, "--lr must be above 0"),
+        ({"targets": ("out", "attn")}, "--targets 'attn': choose from out, q, k, v, mlp, conv"),
+        ({"pairs": "all"}, "--pairs 'all': choose from own, positives, exclude"),
+        ({"upsample": "2::x"}, "write one number a source"),
+        ({"upsample": "2::0"}, "factors must be above 0"),
+        ({"upsample": "2::1"}, "2 factors for 1 sources"),
+        ({"label_template": ("a photo",)}, "no {label} in it"),
+        ({"source": SourceOptions(text_column="-")}, "no sample with both a picture and a text"),
+        ({"source": SourceOptions(image_column="-")}, "no sample with both a picture and a text"),
+    ],
+)
+def test_bad_settings(settings: dict, said: str, table: Path, clip: str, tmp_path: Path):
+    with pytest.raises(InputError, match=said):
+        run(table, tmp_path / "out", clip, **settings)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "said"),
+    [
+        (tiny_vit, "", "has no text tower"),
+        (tiny_bert, "", "has no image tower"),
+        (tiny_hf_clip, "[lora=somewhere]", "mmc tune begins with the plain model"),
+        (lambda folder: "torchvision:resnet18", "", "cannot be tuned"),
+    ],
+)
+def test_backbones_that_cannot_be_tuned(
+    build: Callable,
+    options: str,
+    said: str,
+    table: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    spec = build(tmp_path / "model")
+    if spec.startswith("torchvision"):
+        monkeypatch.setattr("mmc.extract.tuning.towers.load_backbone", lambda *a, **k: object())
+    with pytest.raises(InputError, match=said):
+        run(table, tmp_path / "out", spec + options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_no_spec_can_name(table: Path, clip: str, tmp_path: Path):
+    with pytest.raises(InputError, match="cannot stand in a spec"):
+        run(table, tmp_path / "a,b", clip)
+
+
+def test_two_tunings_do_not_share_a_folder(table: Path, clip: str, tmp_path: Path):
+    def second(stage: str, done: int, total: int) -> None:
+        with pytest.raises(MmcError, match="in use by another training"):
+            run(table, tmp_path / "out", clip)
+
+    run(table, tmp_path / "out", clip, epochs=1, progress=second)
+
+
+def test_settings_of_parts():
+    found = groups(["lora.rank=16", "lora.logit_scale=true", "optim.weight_decay=0.1"])
+    assert found["lora"] == LoraConfig(rank=16, logit_scale=True)
+    assert found["optim"] == OptimConfig(weight_decay=0.1)
+    for pair, said in (
+        ("lora.rang=3", "did you mean rank"),
+        ("rank=3", "write lora.KEY=VALUE"),
+        ("lora.rank=0", "lora.rank must be 1"),
+        ("lora.dropout=1", r"lora.dropout must be in \[0, 1\)"),
+        ("optim.metric=loss", "optim setting metric='loss'"),
+    ):
+        with pytest.raises(InputError, match=said):
+            groups([pair])
