@@ -543,12 +543,23 @@ def tune_command(
     backbone: Annotated[
         str, typer.Option(help="The model to tune: open_clip:... or hf:..., of image and text.")
     ],
+    head: Annotated[
+        str | None,
+        typer.Option(
+            help="Train this head along, on both embeddings, and keep it in OUT/run.",
+            autocompletion=_names("heads"),
+        ),
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(help="The head's loss, as for train-head.", autocompletion=_names("losses")),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="A setting of the adapters or the optimiser, such as lora.rank=16 or "
+            help="A setting of the adapters, the optimiser or the head, such as lora.rank=16 or "
             "optim.micro_batch=32. Repeat.",
         ),
     ] = None,
@@ -568,20 +579,53 @@ def tune_command(
     from mmc.extract.tuning.options import groups
     from mmc.extract.tuning.tune import tune
 
+    of_head = [pair for pair in set_ or () if pair.startswith(("head.", "loss."))]
+    if head is None and (of_head or loss):
+        raise InputError(f"{of_head[0] if of_head else '--loss'} is of a head: name it with --head")
+    others = [pair for pair in set_ or () if pair not in of_head]
     config = build(
         TuneConfig,
         settings
-        | groups(set_ or ())
+        | groups([*(["optim.metric=head"] if head else []), *others])
         | {
             "backbone": backbone,
             "source": build(SourceOptions, source_options, where="the source"),
         },
         where="mmc tune",
     )
+    trained = _joint_head(source, config, head, loss, of_head) if head else None
     with Progress() as progress:
-        report = tune(source, out, config, report=_say, progress=progress)
+        report = tune(source, out, config, head=trained, report=_say, progress=progress)
     if json_output:
         _print_json(asdict(report))
+
+
+def _joint_head(
+    source: str, config: TuneConfig, head: str, loss: str | None, settings: list[str]
+) -> Any:
+    """The head that is trained with a backbone; in the end it becomes a run beside the adapter."""
+    from mmc.extract.backbones import parse_spec
+    from mmc.extract.pipeline import extract
+    from mmc.extract.tuning.options import MORE
+    from mmc.extract.tuning.saving import RUN, STORE
+    from mmc.heads.joint import JointTraining
+    from mmc.store import EmbeddingStore
+
+    if MORE in source:
+        raise InputError(f"--head needs one source: what it is used on is not several ({source})")
+
+    def keep(trained: JointTraining, folder: Path) -> None:
+        spec = parse_spec(config.backbone)
+        spec.options["lora"] = str(folder)
+        extraction = ExtractConfig(
+            backbones=(str(spec),), names=("tuned",), device=config.device, source=config.source
+        )
+        extract(source, str(folder / STORE), extraction, report=_say)
+        trained.save(EmbeddingStore.open(str(folder / STORE)), "tuned", folder / RUN)
+        _say(f"the head is the run {folder / RUN}; its embeddings are in {folder / STORE}")
+
+    settings_of_head = TrainConfig(head=head, loss=loss, seed=config.seed, settings=tuple(settings))
+    return JointTraining(settings_of_head, keep)
 
 
 @app.command("evaluate")

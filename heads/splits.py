@@ -14,14 +14,12 @@ from torch import Tensor
 
 from mmc.heads import leakage
 from mmc.store.errors import InputError
+from mmc.store.holdout import held_out
 
 if TYPE_CHECKING:
     from mmc.store import EmbeddingStore
 
 Rows = npt.NDArray[np.int64]
-
-HELD_OUT = 0.1
-"""Share of the training rows that validate when the store has no ``val`` split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,21 +175,9 @@ def _waiting(store: "EmbeddingStore", features: Sequence[str], rows: Rows) -> in
 
 
 def _held_out(store: "EmbeddingStore", rows: Rows) -> npt.NDArray[np.bool_]:
-    """Mask of ``rows`` that validate; at least one row validates and one trains, if two exist."""
+    """Mask of ``rows`` that validate."""
     ids = store.column("id").take(rows).to_pylist()
-    keys = np.array([_unit_hash(str(name)) for name in ids])
-    held = keys < HELD_OUT
-    if len(rows) > 1 and not held.any():
-        held[keys.argmin()] = True
-    if len(rows) > 1 and held.all():
-        held[keys.argmax()] = False
-    return held
-
-
-def _unit_hash(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
-    digest_ = hashlib.blake2b(text.encode(), digest_size=8, person=b"mmc-val").digest()
-    return int.from_bytes(digest_, "little") / 2**64
+    return held_out(ids)
 
 
 def _empty(store: "EmbeddingStore", features: Sequence[str], name: str, marked: str) -> str:

@@ -28,17 +28,16 @@ from mmc.extract.keys import drop_duplicates
 from mmc.extract.plan import Rows
 from mmc.extract.settings import usable_cores
 from mmc.extract.sources import Samples, SourceOptions, read_source
-from mmc.extract.sources.splits import by_hash
 from mmc.extract.tuning.distributed import World
 from mmc.extract.tuning.options import MORE
 from mmc.store.errors import InputError
+from mmc.store.holdout import held_out
 
 Say = Callable[[str], None]
 
 _ORDER, _DRAW = 1, 2
 _AHEAD = 2
 """Batches that are decoded while another is trained on."""
-_HELD_OUT = (0.9, 0.1)
 _YES, _NO = {"1", "1.0", "true", "yes", "y"}, {"0", "0.0", "false", "no", "n", ""}
 
 
@@ -72,16 +71,25 @@ class PairSet:
     labels: list[list[int] | None]
     """n rows; None = unlabelled."""
     label_set: tuple[str, ...]
+    task: str
+    """Of all sources; `mixed` where they differ."""
     groups: NDArray[np.int64]
     """(n,) the same number for rows of the same labels, -1 = unlabelled."""
     digest: str
     """Hash of all that decides a training on these rows."""
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def contents(self) -> Tensor:
-        """int64 (n, 2): picture and text."""
-        return torch.from_numpy(np.stack([self.images, self.texts], 1))
+    def labels_of(self, rows: Rows) -> list[list[int] | None]:
+        """The labels of ``rows``; None = unlabelled."""
+        return [self.labels[row] for row in rows]
+
+    def contents_of(self, rows: Rows) -> Tensor:
+        """Picture and text of each row, as numbers: int64 (len(rows), 2)."""
+        return torch.from_numpy(np.stack([self.images[rows], self.texts[rows]], 1))
+
+    def groups_of(self, rows: Rows) -> Tensor:
+        """The class of each row, int64 (len(rows),), -1 = none."""
+        return torch.from_numpy(self.groups[rows])
 
 
 def read_pairs(
@@ -119,7 +127,8 @@ def read_pairs(
     valid = usable & np.concatenate(together)
     splits, notes = _splits(table, valid)
     _explain(spec, usable, valid, splits, pair_column)
-    groups = _groups(labels, any(samples.task == "multilabel" for samples in read))
+    tasks = {samples.task for samples in read}
+    groups = _groups(labels, "multilabel" in tasks)
     return PairSet(
         ids=table["id"],
         content=Content(table, sources),
@@ -129,6 +138,7 @@ def read_pairs(
         texts=texts,
         labels=labels,
         label_set=label_set,
+        task=tasks.pop() if len(tasks) == 1 else "mixed",
         groups=groups,
         digest=_digest(table, labels, label_set, splits),
         notes=notes,
@@ -199,8 +209,8 @@ def _splits(table: pa.Table, valid: NDArray[np.bool_]) -> tuple[dict[str, Rows],
     if len(found["val"]) or not len(found["train"]):
         return found, []
     train = found["train"]
-    parts = by_hash(table["id"].take(pa.array(train)).to_pylist(), _HELD_OUT)
-    found = {"train": train[parts == 0], "val": train[parts == 1]}
+    held = held_out(table["id"].take(pa.array(train)).to_pylist())  # as train-head holds out
+    found = {"train": train[~held], "val": train[held]}
     return found, [f"no val split: {len(found['val']):,} of {len(train):,} train pairs held out"]
 
 
@@ -295,7 +305,7 @@ class Loader:
     def __init__(
         self, pairs: PairSet, encoder: Encoder, world: World, *, workers: int, max_pixels: int
     ) -> None:
-        self._pairs, self._encoder, self._world = pairs, encoder, world
+        self._pairs, self._encoder, self.world = pairs, encoder, world
         self._workers, self._max_pixels = workers, max_pixels
         self.failed: dict[int, str] = {}
         """Rows whose picture could not be used, and why."""
@@ -303,13 +313,13 @@ class Loader:
     def batches(self, rows: Rows, size: int) -> Iterator[Batch]:
         """This process's share of batches of ``size`` rows; a tail that fills none is left out."""
         return self._load(
-            rows[start : start + size][self._world.slice(size)]
+            rows[start : start + size][self.world.slice(size)]
             for start in range(0, len(rows) - size + 1, size)
         )
 
     def share(self, rows: Rows, size: int) -> Iterator[Batch]:
         """This process's share of ``rows`` in batches of at most ``size``."""
-        mine = rows[self._world.slice(len(rows))]
+        mine = rows[self.world.slice(len(rows))]
         return self._load(mine[start : start + size] for start in range(0, len(mine), size))
 
     def _load(self, batches: Iterator[Rows]) -> Iterator[Batch]:
@@ -347,6 +357,6 @@ class Loader:
                 valid[place] = False
                 self.failed[int(rows[place])] = str(picture)
         tokens = self._encoder.tokenize(self._pairs.content.texts(rows))
-        if self._world.device.type == "cuda":
+        if self.world.device.type == "cuda":
             pixels = pixels.pin_memory()
         return Batch(rows, pixels, tokens, valid)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mmc.extract.backbones.base import TokenBatch, weights_sha256
 from mmc.extract.tuning.adapters import Adapters
-from mmc.extract.tuning.targets import Target
+from mmc.extract.tuning.options import TuneConfig
+from mmc.extract.tuning.targets import Target, find_targets, within_multihead
 from mmc.extract.tuning.towers import Towers
 from mmc.store.errors import InputError, MmcError
 
@@ -46,6 +47,38 @@ class Probe:
             "image": encoder.embed_image(self.pixels),
             "text": encoder.embed_text(self.tokens),
         }
+
+
+def adapt(
+    towers: Towers, config: TuneConfig, probe: Probe, report: Callable[[str], None]
+) -> Adapters:
+    """Put adapters on what the config names, and prove that they work.
+
+    Raises:
+        InputError: a tower has nothing of the kind.
+        MmcError: an adapter without effect.
+    """
+    with torch.no_grad():
+        before = probe.features(towers)
+    found = find_targets(towers.model, config.targets)
+    if config.backbone.startswith("hf:"):
+        # peft's format: what peft would load without any effect has no place in it.
+        left = [target for target in found if within_multihead(towers.model, target)]
+        found = [target for target in found if target not in left]
+        for target in left[:1]:
+            report(f"{target.name} is left as it is: peft cannot adapt its kind of attention")
+    targets = used_targets(towers, found, probe)
+    adapters = Adapters(towers.model, targets, config.lora, config.seed)
+    check_beginning(towers, adapters, probe, before)
+    if config.optim.gradient_checkpointing and not towers.checkpoint_blocks(targets):
+        raise InputError(f"{config.backbone}: no blocks to checkpoint were found")
+    count = sum(parameter.numel() for parameter in adapters.parameters)
+    whole = sum(parameter.numel() for parameter in towers.model.parameters()) - count
+    report(
+        f"{len(targets)} weights adapted: {count:,} numbers are trained, "
+        f"{count / whole:.2%} of the {whole:,} of the backbone"
+    )
+    return adapters
 
 
 def used_targets(towers: Towers, targets: Sequence[Target], probe: Probe) -> list[Target]:

@@ -9,20 +9,22 @@ from torch import Tensor, nn
 from mmc.extract.tuning.options import OptimConfig
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW; matrices decay; biases, norms and scalars do not."""
-    every = list(parameters)
-    groups = [
-        {"params": [p for p in every if (p.ndim > 1) == decays], "weight_decay": decay}
-        for decays, decay in ((True, config.weight_decay), (False, 0.0))
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=0.0,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
+def make_optimizer(
+    groups: Iterable[tuple[float, list[nn.Parameter]]], config: OptimConfig
+) -> torch.optim.AdamW:
+    """AdamW; matrices decay; biases, norms and scalars do not.
+
+    Args:
+        groups: share of the learning rate (`share` of its groups), and the parameters that have it.
+    """
+    made = []
+    for share, parameters in groups:
+        for decays, decay in ((True, config.weight_decay), (False, 0.0)):
+            chosen = [p for p in parameters if (p.ndim > 1) == decays]
+            if chosen:
+                made.append({"params": chosen, "weight_decay": decay, "share": share})
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(made, lr=0.0, betas=betas, eps=config.eps, fused=True)
 
 
 def lr_factor(step: int, total: int, config: OptimConfig) -> float:

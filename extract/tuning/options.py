@@ -12,7 +12,7 @@ from mmc.store.errors import InputError
 
 Target = Literal["out", "q", "k", "v", "mlp", "conv"]
 PairRule = Literal["own", "positives", "exclude"]
-Metric = Literal["retrieval", "zero_shot"]
+Metric = Literal["retrieval", "zero_shot", "head"]
 MORE = "::"
 """Between the sources, and between their factors."""
 
@@ -67,13 +67,16 @@ class OptimConfig:
     checkpoint_epochs: int = 1
     """A checkpoint after every so many epochs. What a kill can cost."""
     metric: Metric = "retrieval"
-    """What decides which epoch is kept: retrieval (the mean of R@1, R@5 and R@10, both ways) or
-    zero_shot (the label texts, by accuracy); the validation loss breaks ties."""
+    """What decides which epoch is kept: retrieval (the mean of R@1, R@5 and R@10, both ways),
+    zero_shot (the label texts, by accuracy) or head (with --head: mAP, AUROC or macro-F1); the
+    validation loss breaks ties."""
+    head_weight: float = 1.0
+    """Weight of the head's loss beside the contrastive one."""
     val_samples: int = 5000
     """Most samples of val that are measured; recalls are of so many candidates."""
 
     def __post_init__(self) -> None:
-        for name in ("weight_decay", "clip_norm"):
+        for name in ("weight_decay", "clip_norm", "head_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"optim.{name} must be 0 or more, got {getattr(self, name)}")
         for name in ("warmup", "beta1", "beta2"):
@@ -218,7 +221,7 @@ class TuneReport:
 
 
 def groups(pairs: Iterable[str]) -> dict[str, Any]:
-    """``["lora.rank=16", ...]`` as the configs ``lora`` and ``optim``.
+    """``["lora.rank=16", ...]`` as the configs ``lora`` and ``optim``; later pairs win.
 
     Raises:
         InputError: not of the form group.key=value, an unknown group, key or value.

@@ -22,7 +22,9 @@ from mmc.extract.backbones.openclip_weights import find_source
 from mmc.extract.tuning.checkpoints import CHECKPOINTS, write_atomic
 
 RECORD, HISTORY, MERGED = "tune.json", "history.csv", "merged"
-FILES = (CONFIG, WEIGHTS, HISTORY, MERGED, CHECKPOINTS, RECORD)
+STORE, RUN = "store", "run"
+"""With a head: embeddings of the source, and the head on them."""
+FILES = (CONFIG, WEIGHTS, HISTORY, MERGED, STORE, RUN, CHECKPOINTS, RECORD)
 """All that a tuning writes into its folder; the record comes last."""
 FORMAT = 1
 

@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tars import jpeg, write_tar
 from tiny_models import tiny_bert, tiny_hf_clip, tiny_open_clip, tiny_vit
+from torch import nn
 
 from mmc.extract.backbones import load_backbone
 from mmc.extract.options import ExtractConfig
@@ -103,10 +104,17 @@ def run(
     *,
     said: list[str] | None = None,
     progress: Callable = tuning.silent,
+    head: Any = None,
     **settings: Any,
 ) -> TuneReport:
-    report = [].append if said is None else said.append
-    return tune(str(table), out, config(backbone, **settings), report=report, progress=progress)
+    return tune(
+        str(table),
+        out,
+        config(backbone, **settings),
+        head=head,
+        report=[].append if said is None else said.append,
+        progress=progress,
+    )
 
 
 def adapter(out: Path) -> dict[str, torch.Tensor]:
@@ -183,29 +191,64 @@ def test_an_adapter_of_another_model_is_refused(table: Path, clip: str, tmp_path
         load_backbone(f"{other}[lora={tmp_path / 'out'}]", device="cpu", precision="float32")
 
 
+class Linear:
+    """A head as `tune` takes it: one layer on both embeddings, with dropout."""
+
+    identity: ClassVar = {"head": "linear"}
+    lr = 0.01
+
+    def build(self, image, text, labels, label_set, task):
+        assert len(image) == len(text) == len(labels)
+        assert task == "multiclass"
+        width = image.shape[1] + text.shape[1]
+        self.module = nn.Sequential(nn.Dropout(0.3), nn.Linear(width, len(label_set)))
+        nn.init.zeros_(self.module[1].weight)
+        nn.init.zeros_(self.module[1].bias)
+        return self.module
+
+    def _logits(self, image, text, training):
+        return self.module.train(training)(torch.cat([image, text], 1))
+
+    def loss(self, image, text, labels):
+        rows = [row for row, some in enumerate(labels) if some is not None]
+        targets = torch.tensor([labels[row][0] for row in rows])
+        return nn.functional.cross_entropy(self._logits(image, text, True)[rows], targets)
+
+    def measure(self, image, text, labels):
+        right = self._logits(image, text, False).argmax(1) == torch.tensor([a for (a,) in labels])
+        return float(right.double().mean())
+
+    def finish(self, folder):
+        assert (folder / "adapter_model.safetensors").exists()
+        self.kept = {name: value.clone() for name, value in self.module.state_dict().items()}
+
+
 def test_a_tuning_that_was_stopped_ends_in_the_same_bits(table: Path, clip: str, tmp_path: Path):
     settings = {
         "epochs": 4,
         "lora": LoraConfig(dropout=0.3, logit_scale=True),
-        "optim": OptimConfig(checkpoint_epochs=2, micro_batch=6, weight_decay=0.1),
+        "optim": OptimConfig(checkpoint_epochs=2, micro_batch=6, weight_decay=0.1, metric="head"),
     }
-    run(table, tmp_path / "whole", clip, **settings)
+    heads = Linear(), Linear(), Linear()
+    first = run(table, tmp_path / "whole", clip, head=heads[0], **settings)
+    assert first.after["head"] > first.before["head"]
 
     def stop(stage: str, done: int, total: int) -> None:
         if done == 8:  # of 12: in the third epoch
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(table, tmp_path / "stopped", clip, progress=stop, **settings)
+        run(table, tmp_path / "stopped", clip, head=heads[1], progress=stop, **settings)
     assert (tmp_path / "stopped" / "checkpoints" / "last.safetensors").exists()
     assert not (tmp_path / "stopped" / "tune.json").exists()
     with pytest.raises(InputError, match=r"other settings \(config.lr: 0.003 -> 0.5\)"):
-        run(table, tmp_path / "stopped", clip, lr=0.5, **settings)
+        run(table, tmp_path / "stopped", clip, head=heads[1], lr=0.5, **settings)
     steps: list[int] = []
     report = run(
         table,
         tmp_path / "stopped",
         clip,
+        head=heads[2],
         progress=lambda stage, done, total: steps.append(done),
         **settings,
     )
@@ -218,6 +261,9 @@ def test_a_tuning_that_was_stopped_ends_in_the_same_bits(table: Path, clip: str,
     assert whole[0][-1] == "seconds"
     assert [row[:-1] for row in whole] == [row[:-1] for row in stopped]
     assert not (tmp_path / "stopped" / "checkpoints").exists()
+    for name, value in heads[0].kept.items():
+        assert torch.equal(heads[2].kept[name], value)
+        assert value.any()
 
 
 def test_what_is_finished_is_kept(table: Path, clip: str, tmp_path: Path):
