@@ -47,6 +47,7 @@ def contrastive_step(
     """
     parts = [slice(i, min(i + micro_batch, pairs)) for i in range(0, pairs, micro_batch)]
     whole = len(parts) == 1
+    # Not inference_mode: with autocast, CPUs then expand attention weights in every call.
     with torch.set_grad_enabled(whole):
         encoded = [encode(part) for part in parts]
     local = [torch.cat(side) for side in zip(*encoded, strict=True)]

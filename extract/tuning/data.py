@@ -295,7 +295,8 @@ class Sampler:
         if self.replaces:
             random = np.random.default_rng([self._seed, _DRAW, epoch])
             drawn = random.random(self.length) * self._cumulated[-1]
-            return self._rows[np.searchsorted(self._cumulated, drawn, side="right")]
+            places = np.searchsorted(self._cumulated, drawn, side="right")
+            return self._rows[np.minimum(places, len(self._rows) - 1)]  # rounded up to the total
         return np.random.default_rng([self._seed, _ORDER, epoch]).permutation(self._rows)
 
 

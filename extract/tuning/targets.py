@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 _LAYERS = {
-    "out": r"out_proj|o_proj|attn\.proj|attnpool\.c_proj|self_attn\.projection"
+    "out": r"out_proj|o_proj|attn\.proj|attn_pool\.proj|attnpool\.c_proj|self_attn\.projection"
     r"|attention\.output\.dense|out_lin|attn\.Wo",
     "q": r"q_proj|query|query_proj|q_lin",
     "k": r"k_proj|key|key_proj|k_lin",

@@ -88,7 +88,12 @@ def tune(
         with claim:
             processes.wait()
             setup = Setup(source, folder, config, head, processes, say)
-            return _Tuning(setup).run(progress if processes.first else silent, started)
+            tuning = _Tuning(setup)
+            try:
+                return tuning.run(progress if processes.first else silent, started)
+            except KeyboardInterrupt:
+                say(tuning.interrupted())
+                raise
 
 
 def _nothing(line: str) -> None:
@@ -108,8 +113,8 @@ class _Position:
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def improves(self, score: float, loss: float) -> bool:
-        """Whether an epoch is the best one so far; an undefined score is a tie."""
-        if math.isnan(score) or abs(score - self.best_score) <= _TIE:
+        """Whether an epoch is the best one so far."""
+        if abs(score - self.best_score) <= _TIE:
             return loss < self.best_loss
         return score > self.best_score
 
@@ -153,8 +158,8 @@ class _Tuning:
             measured = self.job.validation.measure(self.job.val)
             score = measured[self.job.config.optim.metric]
             if self._at.improves(score, measured["loss"]):
-                self._at.best_score = score if not math.isnan(score) else -math.inf
-                self._at.best_loss, self._at.best_epoch = measured["loss"], self._at.epoch
+                self._at.best_score, self._at.best_loss = score, measured["loss"]
+                self._at.best_epoch = self._at.epoch
                 self._best = self._state()
                 self._best_head = _copied(self.job.classifier.state_dict())
             self._note(measured, loss)
@@ -164,6 +169,12 @@ class _Tuning:
         return self._report(
             started, steps * self.job.batch_size / trained if steps else 0.0, resumed
         )
+
+    def interrupted(self) -> str:
+        """What is left after Ctrl-C."""
+        if not self._checkpoints.path.exists():
+            return "interrupted before the first checkpoint; nothing is kept"
+        return f"interrupted; the same command goes on from the checkpoint in {self.job.folder}"
 
     def _resume(self) -> bool:
         found = self._checkpoints.load()
@@ -378,7 +389,7 @@ class _Tuning:
             "best_epoch": self._at.best_epoch,
             "before": self._metrics(0),
             "after": self._metrics(self._at.best_epoch),
-            "versions": versions("open_clip_torch", "transformers", "torchvision"),
+            "versions": versions("mmc", "open_clip_torch", "transformers", "torchvision"),
         }
 
     def _report(self, started: float, rate: float, resumed: bool) -> TuneReport:

@@ -3,6 +3,8 @@
 Legend: n samples, D features (normalised), C labels.
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from mmc.extract.tuning.joint import JointHead
 from mmc.extract.tuning.measure import retrieval, zero_shot
 from mmc.extract.tuning.options import TuneConfig
 from mmc.extract.tuning.towers import LogitScale, Towers
-from mmc.store.errors import MmcError
+from mmc.store.errors import InputError, MmcError
 
 
 def encode(towers: Towers, batch: Batch, part: slice) -> tuple[Tensor, Tensor]:
@@ -64,6 +66,7 @@ class Validation:
         """By name: loss, recalls (`retrieval` is their mean), `zero_shot` and `head`, if any.
 
         Raises:
+            InputError: val has no labels that a head could be measured by.
             MmcError: not enough pictures can be used.
         """
         image, text, kept = self.embed(rows)
@@ -76,6 +79,8 @@ class Validation:
             found |= zero_shot(image, self._label_texts(), pairs.labels_of(kept))
         if self._head is not None:
             found["head"] = self._head.measure(image, text, pairs.labels_of(kept))
+            if math.isnan(found["head"]):
+                raise InputError("the labels of val do not tell how good a head is; see --split-by")
         return found
 
     def _loss(self, image: Tensor, text: Tensor, rows: Rows) -> float:

@@ -237,8 +237,10 @@ def test_a_tuning_that_was_stopped_ends_in_the_same_bits(table: Path, clip: str,
         if done == 8:  # of 12: in the third epoch
             raise KeyboardInterrupt
 
+    said: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        run(table, tmp_path / "stopped", clip, head=heads[1], progress=stop, **settings)
+        run(table, tmp_path / "stopped", clip, head=heads[1], progress=stop, said=said, **settings)
+    assert "goes on from the checkpoint" in said[-1]
     assert (tmp_path / "stopped" / "checkpoints" / "last.safetensors").exists()
     assert not (tmp_path / "stopped" / "tune.json").exists()
     with pytest.raises(InputError, match=r"other settings \(config.lr: 0.003 -> 0.5\)"):
