@@ -110,7 +110,7 @@ class Encoder:
 
     def embed_text(self, tokens: TokenBatch) -> Tensor:
         """``text`` (B, D) float32 of tokenized texts, with gradients where they are enabled."""
-        return self._text_fields(tokens, states_wanted=False)["text"]
+        return self._text_fields(tokens, ("text",))["text"]
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor, fields: Sequence[str]) -> dict[str, Tensor]:
