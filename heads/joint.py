@@ -153,7 +153,7 @@ class JointTraining:
             settings=self.config.settings,
         )
         setup = Setup(store, config)
-        made = setup.run(self._head.cpu().eval(), Position())
+        made = setup.run(self._head.state_dict(), Position())
         setup.measure(made)
         made.save(run)
 
