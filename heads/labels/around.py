@@ -1,0 +1,109 @@
+"""The nearest samples of every sample, by each feature.
+
+Up to 50,000 samples they are compared with all others exactly; more have a FAISS index, which is
+kept in the store (`mmc.store.neighbors`).
+
+Legend: n samples, k neighbours.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mmc.heads.labels.exact import ExactSearch
+from mmc.heads.labels.material import Ints, Material, Progress
+from mmc.store.neighbors import FLAT_ROWS, Say, open_index
+
+K = 20
+BLOCK_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Around:
+    """The nearest other samples by one feature."""
+
+    feature: str
+    places: npt.NDArray[np.int32]
+    """(n, k) places of the material, nearest first; -1 where there are fewer."""
+    cosines: npt.NDArray[np.float32]
+    """(n, k), NaN there."""
+
+
+def around(material: Material, progress: Progress, report: Say) -> list[Around]:
+    """The `K` nearest of every sample, by each feature of the material."""
+    return [_of_feature(material, name, progress, report) for name in material.features]
+
+
+def _of_feature(material: Material, feature: str, progress: Progress, report: Say) -> Around:
+    n = len(material)
+    places = np.full((n, K), -1, np.int32)
+    cosines = np.full((n, K), np.nan, np.float32)
+    stage = f"neighbours by {feature}"
+    if n <= FLAT_ROWS:
+        values = torch.from_numpy(material.store[feature].take(material.rows).astype(np.float32))
+        search = ExactSearch(values.to(material.device))
+        k = min(K, n - 1)
+        for start in range(0, n if k else 0, BLOCK_ROWS):
+            stop = min(start + BLOCK_ROWS, n)
+            found, near = search.search(search.base[start:stop], k + 1)
+            block = slice(start, stop)
+            places[block, :k], cosines[block, :k] = _others(
+                found.cpu(), near.cpu(), torch.arange(start, stop)
+            )
+            progress(stage, stop, n)
+        return Around(feature, places, cosines)
+    index = open_index(material.store, feature, report=report)
+    for start in range(0, n, BLOCK_ROWS):
+        rows, near = index.of_rows(material.rows[start : start + BLOCK_ROWS], K)
+        at = np.searchsorted(material.rows, rows).clip(max=n - 1)
+        there = material.rows[at] == rows  # other samples may lack another feature
+        block = slice(start, start + len(rows))
+        places[block] = np.where(there, at, -1)
+        cosines[block] = np.where(there, near, np.nan)
+        progress(stage, start + len(rows), n)
+    return Around(feature, places, cosines)
+
+
+def _others(found: Tensor, near: Tensor, own: Tensor) -> tuple[Ints, npt.NDArray[np.float32]]:
+    """Without the sample itself; where copies of it are so many that it is not there, the last."""
+    mine = found == own[:, None]
+    mine[~mine.any(1), -1] = True
+    shape = (len(found), found.shape[1] - 1)
+    return found[~mine].reshape(shape).numpy(), near[~mine].reshape(shape).numpy()
+
+
+def shares(material: Material, found: list[Around], places: Ints) -> npt.NDArray[np.float32]:
+    """float32 (b, C): how much of a sample's labelled neighbours has each label.
+
+    Neighbours count by their cosine, those by each feature alike; NaN where none is labelled.
+    """
+    votes = np.zeros((len(places), len(material.label_set)), np.float32)
+    weight = np.zeros(len(places), np.float32)
+    labels = material.labels
+    for by in found:
+        near, cosines = by.places[places], np.nan_to_num(by.cosines[places]).clip(1e-6)
+        usable = (near >= 0) & labels.known[near]
+        cosines = np.where(usable, cosines, 0)
+        # A feature whose cosines are all near 1 must not outweigh another.
+        total = cosines.sum(1, keepdims=True)
+        cosines = np.divide(cosines, total, out=np.zeros_like(cosines), where=total > 0)
+        weight += (total[:, 0] > 0).astype(np.float32)
+        sample, column = np.nonzero(usable)
+        other = near[sample, column]
+        counts = labels.indptr[other + 1] - labels.indptr[other]
+        starts = (
+            np.repeat(labels.indptr[other] - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts)
+            if len(other)
+            else np.zeros(0, np.int64)
+        )
+        flat = labels.indices[starts + np.arange(len(starts))]
+        np.add.at(
+            votes, (np.repeat(sample, counts), flat), np.repeat(cosines[sample, column], counts)
+        )
+    out: npt.NDArray[np.float32] = np.where(
+        weight[:, None] > 0, votes / np.maximum(weight, 1)[:, None], np.nan
+    ).astype(np.float32)
+    return out

@@ -1,0 +1,90 @@
+"""What a run says of samples that it was not trained on, and how that is joined with our own view.
+
+Legend: n samples, C labels.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmc.heads.labels.material import Bools, Ints, Material, Progress
+from mmc.heads.predict import Predictor
+from mmc.heads.temperature import probabilities
+from mmc.heads.thresholds import decide
+
+if TYPE_CHECKING:
+    from mmc.heads.artifact import Run
+
+JOIN_ENTRIES = 1 << 20
+"""Decisions that the weights of the join are fitted to."""
+LEAST = 1e-4
+
+
+class RunView:
+    """A run's answers for the samples of a material, in the order of the store's labels.
+
+    Raises:
+        InputError: the store has a label that the run does not know.
+    """
+
+    def __init__(self, run: "Run", material: Material, progress: Progress) -> None:
+        run.check_labels(material.label_set, material.store.path)
+        place = {label: index for index, label in enumerate(run.label_set)}
+        self.columns = [place[label] for label in material.label_set]
+        n = len(material)
+        self.probabilities = torch.full((n, len(self.columns)), torch.nan)
+        """float32 (n, C), NaN where the run's features are not there."""
+        self.decisions = np.zeros((n, len(self.columns)), bool)
+        predictor = Predictor(run, material.store, device=material.device)
+        step = predictor.batch
+        for start in range(0, n, step):
+            rows = material.rows[start : start + step]
+            ok = predictor.done(rows)
+            logits = predictor.logits(rows[ok]).cpu()
+            p = probabilities(logits, run.task, run.temperature)
+            places = torch.from_numpy(start + np.flatnonzero(ok))
+            self.probabilities[places] = p[:, self.columns]
+            self.decisions[places.numpy()] = decide(p, run.task, run.thresholds)[
+                :, self.columns
+            ].numpy()
+            progress("ask the run", start + len(rows), n)
+        self.unseen: Bools = ~material.train & ~self.probabilities[:, 0].isnan().numpy()
+        """(n,) samples that did not train the run: those of the other splits."""
+
+
+def join(own: Tensor, run: Tensor, targets: Tensor, task: str) -> Tensor:
+    """Two opinions as one: log odds weighted by what they proved worth on the labels given.
+
+    Args:
+        own, run: probabilities float32 (n, C).
+        targets: int8 (n, C) of 0 and 1.
+
+    Returns:
+        float32 (n, C); ``own`` where the run adds nothing.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    stride = max(1, -(-own.numel() // JOIN_ENTRIES))
+    y = targets[::stride].reshape(-1).numpy()
+    if y.min() == y.max():
+        return own
+    both = torch.stack([_log_odds(own[::stride]).ravel(), _log_odds(run[::stride]).ravel()], 1)
+    fit = LogisticRegression(C=1.0).fit(both.double().numpy(), y)
+    weights, bias = fit.coef_[0], float(fit.intercept_[0])
+    if weights.min() <= 0:  # one of them is better alone
+        return own if weights[0] >= weights[1] else run.clamp(LEAST, 1 - LEAST)
+    odds = _log_odds(own) * float(weights[0]) + _log_odds(run) * float(weights[1]) + bias
+    p = odds.sigmoid() if task == "multilabel" else odds.softmax(1)
+    return p.clamp(LEAST, 1 - LEAST)
+
+
+def _log_odds(p: Tensor) -> Tensor:
+    return p.clamp(LEAST, 1 - LEAST).logit()
+
+
+def run_opinion(view: RunView, places: Ints) -> tuple[Ints, Tensor]:
+    """Which of ``places`` the run did not see (positions in them), and what it says: (m, C)."""
+    at = np.flatnonzero(view.unseen[places])
+    return at, view.probabilities[torch.from_numpy(places[at])]
