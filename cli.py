@@ -27,6 +27,7 @@ from mmc.extract.options import ExtractConfig
 from mmc.extract.prepare_options import PrepareConfig
 from mmc.extract.sources import SourceOptions
 from mmc.extract.tuning.options import TuneConfig
+from mmc.heads.labels.options import LabelsConfig
 from mmc.heads.options import PredictConfig, TrainConfig
 from mmc.store.config import build, field_docs
 from mmc.store.errors import InputError, MmcError
@@ -56,6 +57,7 @@ TRAIN = """head features loss batch_size epochs lr seed precision device max_mem
 TUNE = """targets pairs pair_column upsample samples_per_epoch batch_size epochs lr label_template
     seed precision device workers max_pixels merge overwrite"""
 PREDICT = "split form scores top_k at_least_one device"
+LABELS = "features limit near device"
 RENAMED = {"form": "--format"}
 COMPLETED = {"head": "heads", "loss": "losses"}
 REPEATED = {"label_template", "sweep"}
@@ -702,6 +704,45 @@ def neighbors_command(
     else:
         _say(f"nearest by {asked.kind}: {searched}")
         print(format_neighbors(found))
+
+
+@app.command("labels")
+@_options(LabelsConfig, LABELS, into="settings")
+def labels_command(
+    store: StorePath,
+    out: Annotated[Path, typer.Option(help="Folder to write tables, graph and page into.")],
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            help="A run on this store: its predictions count, too, where it did not train."
+        ),
+    ] = None,
+    json_output: Json = False,
+    *,
+    settings: dict[str, Any],
+) -> None:
+    """Look at the labels: likely errors, duplicates, near labels, outliers, what to label next.
+
+    \b
+    Example:
+      mmc labels my.store --out labels
+      mmc labels my.store --run my.run --out labels
+    """
+    from mmc.extract.progress import Progress
+    from mmc.heads.artifact import Run
+    from mmc.heads.labels.analysis import analyse_labels
+    from mmc.store import EmbeddingStore
+
+    config = build(LabelsConfig, settings, where="mmc labels")
+    loaded = None if run is None else Run.load(run)
+    with Progress() as progress:
+        found = analyse_labels(
+            EmbeddingStore.open(store), out, config, run=loaded, report=_say, progress=progress
+        )
+    if json_output:
+        _print_json(asdict(found))
+    else:
+        print(found)
 
 
 @app.command("compare")

@@ -15,7 +15,7 @@ class LabelsConfig:
     limit: int = 1000
     """Most rows of each ranked list (each kind of suspect, to_label.csv, outliers.csv)."""
     near: float | None = None
-    """Cosine from which two embeddings are near-identical; default: a twentieth of the distance of
+    """Cosine from which two embeddings are near-identical; default: a fiftieth of the distance of
     two random samples, worked out for each feature and printed."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto = a GPU where there is one."""

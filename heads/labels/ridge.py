@@ -2,8 +2,8 @@
 
 A Gaussian kernel through its values at some samples (Nyström: Williams & Seeger 2001), and a linear
 least-squares fit of every label with an l2 penalty. The prediction for a sample by a fit without it
-needs no second fit (Cook 1977): ``(p - h y) / (1 - h)``, where ``h`` is its leverage. So each sample
-is judged by all others, without folds, chance or training.
+needs no second fit (Cook 1977): ``(p - h y) / (1 - h)``, where ``h`` is its leverage. So all others
+judge each sample, without folds or chance.
 
 Legend: n samples, C labels, D values, M landmarks, R values of the map, b samples of a block.
 """
@@ -49,7 +49,7 @@ class Ridge:
         self._fit()
 
     def left_out(self) -> Tensor:
-        """float32 (n, C) on the CPU: for each fitted sample, what all others say; not calibrated."""
+        """float32 (n, C) on the CPU: what all others say of each; not calibrated."""
         out = torch.empty(len(self.places), self.mean.shape[0])
         for first, block in self._blocks("judge labels", self.places):
             y = self._labels(slice(first, first + len(block)))

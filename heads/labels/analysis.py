@@ -1,0 +1,188 @@
+"""`mmc labels`: what a store's labels and neighbours tell, as files in one folder."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmc.heads.labels import duplicates, nearest, outliers, persample, suspects, tolabel
+from mmc.heads.labels.around import around
+from mmc.heads.labels.graphfiles import graph_json, graphml, label_graph
+from mmc.heads.labels.material import Material, Progress
+from mmc.heads.labels.options import LabelsConfig
+from mmc.heads.labels.page import Findings, page
+from mmc.heads.labels.tables import separator, write_table
+from mmc.heads.labels.unseen import RunView
+from mmc.heads.runfiles import write_atomic
+from mmc.store.errors import InputError
+
+if TYPE_CHECKING:
+    from mmc.heads.artifact import Run
+    from mmc.store import EmbeddingStore
+
+FILES = (
+    "nearest_labels.csv",
+    "samples.csv",
+    "suspects.csv",
+    "duplicates.csv",
+    "to_label.csv",
+    "outliers.csv",
+    "label_graph.graphml",
+    "label_graph.json",
+    "index.html",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelsReport:
+    """What was found and written."""
+
+    out: Path
+    samples: int
+    labelled: int
+    labels: int
+    features: list[str]
+    suspects: dict[str, int]
+    """missing, extra, wrong -> how many are listed."""
+    disagreeing_labels: list[str]
+    """Labels whose views have no near label in common."""
+    duplicates: dict[str, dict[str, Any]]
+    """Kind -> groups, samples, leaking groups, threshold (None: exact)."""
+    to_label: int
+    outliers: int
+    graph: dict[str, int]
+    """labels, edges."""
+    files: list[str]
+
+    def __str__(self) -> str:
+        """A line per finding."""
+        listed = [f"{count:,} {kind}" for kind, count in self.suspects.items() if count]
+        lines = [
+            f"samples     {self.samples:,}, {self.labelled:,} labelled, by "
+            f"{' + '.join(self.features)}",
+            f"suspects    {', '.join(listed) or 'none'}",
+        ]
+        for kind, found in self.duplicates.items():
+            near = f", cosine {found['threshold']:.4f} or more" if found["threshold"] else ""
+            lines.append(
+                f"duplicates  {kind}: {found['groups']:,} groups of {found['samples']:,} samples, "
+                f"{found['leaking']:,} across train and another split{near}"
+            )
+        if self.disagreeing_labels:
+            shown = ", ".join(self.disagreeing_labels[:5])
+            more = " ..." if len(self.disagreeing_labels) > 5 else ""
+            lines.append(
+                f"labels      {len(self.disagreeing_labels):,} of {self.labels:,} whose nearest "
+                f"labels differ by view: {shown}{more}"
+            )
+        lines += [
+            f"outliers    {self.outliers:,}",
+            f"to label    {self.to_label:,}",
+            f"label graph {self.graph['labels']:,} labels, {self.graph['edges']:,} edges",
+            f"written     {self.out}/index.html and {len(self.files) - 1} more files",
+        ]
+        return "\n".join(lines)
+
+
+def analyse_labels(
+    store: "EmbeddingStore",
+    out: str | Path,
+    config: LabelsConfig | None = None,
+    *,
+    run: "Run | None" = None,
+    report: Callable[[str], None] = lambda line: None,
+    progress: Progress = lambda stage, done, total: None,
+) -> LabelsReport:
+    """Write the tables, the label graph and the page into the folder ``out``.
+
+    Raises:
+        InputError: features or a run that do not go with the store, or ``out`` holds other files.
+        MmcError: it cannot be written.
+    """
+    config = config or LabelsConfig()
+    folder = _folder(out)
+    joined = separator(store.label_set)
+    material = Material(store, config.features, run=run, device=config.device)
+    view = None if run is None else RunView(run, material, progress)
+    near = around(material, progress, report)
+    views = nearest.label_views(material, progress)
+    judged = suspects.judge(material, progress, view)
+    doubtful = (
+        []
+        if judged is None
+        else suspects.suspects(material, judged, config.limit, near=near, view=view)
+    )
+    groups = [duplicates.exact_groups(material, content) for content in ("image", "text")]
+    groups += [duplicates.near_groups(material, by, config.near) for by in near]
+    by_label = nearest.nearest_labels(material, views)
+    next_ones = tolabel.to_label(material, judged, view, config.limit, progress)
+    far = outliers.outliers(material, config.limit, progress)
+    made = label_graph(material, views, run)
+    same = duplicates.duplicate_rows(material, groups)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = {
+        "nearest_labels.csv": (nearest.COLUMNS, by_label),
+        "samples.csv": (
+            persample.COLUMNS,
+            persample.samples(material, near, views, view, progress),
+        ),
+        "suspects.csv": (suspects.COLUMNS, doubtful),
+        "duplicates.csv": (duplicates.COLUMNS, same),
+        "to_label.csv": (tolabel.COLUMNS, next_ones),
+        "outliers.csv": (outliers.COLUMNS, far),
+    }
+    for name, (columns, rows) in tables.items():
+        write_table(folder / name, columns, rows, joined)
+    write_atomic(folder / "label_graph.graphml", graphml(made))
+    write_atomic(folder / "label_graph.json", graph_json(made))
+    found = LabelsReport(
+        out=folder,
+        samples=len(material),
+        labelled=len(material.labelled),
+        labels=len(store.label_set),
+        features=list(material.features),
+        suspects={kind: sum(r["kind"] == kind for r in doubtful) for kind in suspects.KINDS},
+        disagreeing_labels=list(dict.fromkeys(r["label"] for r in by_label if r["disagree"])),
+        duplicates={group.kind: _told(material, group) for group in groups},
+        to_label=len(next_ones),
+        outliers=len(far),
+        graph={"labels": made.number_of_nodes(), "edges": made.number_of_edges()},
+        files=list(FILES),
+    )
+    findings = Findings(
+        report=found,
+        nearest=by_label,
+        suspects=doubtful,
+        duplicates=same,
+        to_label=next_ones,
+        outliers=far,
+        views=views,
+    )
+    write_atomic(folder / "index.html", page(material, findings).encode())
+    return found
+
+
+def _told(material: Material, groups: duplicates.Groups) -> dict[str, Any]:
+    return {
+        "groups": len(groups.members),
+        "samples": sum(len(members) for members in groups.members),
+        "leaking": sum(duplicates.leaks(material, members) for members in groups.members),
+        "threshold": groups.threshold,
+    }
+
+
+def _folder(out: str | Path) -> Path:
+    """``out``, new, empty, or holding what an earlier call wrote."""
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; name a folder with --out")
+    others = (
+        sorted(p.name for p in folder.iterdir() if p.name not in FILES) if folder.exists() else []
+    )
+    others = [name for name in others if not name.endswith(".partial")]
+    if others:
+        raise InputError(
+            f"{folder} holds other content ({others[0]}); name a new folder with --out"
+        )
+    return folder

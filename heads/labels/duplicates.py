@@ -1,0 +1,146 @@
+"""Samples that are the same, or nearly: by content hash, and by the cosine of their embeddings.
+
+Legend: n samples, k neighbours.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
+
+from mmc.heads.labels.around import Around
+from mmc.heads.labels.material import Ints, Material
+from mmc.store.schema import TOWER_CONTENT
+
+COLUMNS = (
+    "group",
+    "kind",
+    "size",
+    "leak",
+    "labels_differ",
+    "cosine",
+    "id",
+    "split",
+    "labels",
+    "image",
+    "text",
+)
+NEAR_SHARE = 0.02
+"""Of the distance (1 - cosine) of two random samples: nearer than that is near-identical."""
+RANDOM_PAIRS = 20_000
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Sets of samples that are the same by one kind of likeness."""
+
+    kind: str
+    """``image``, ``text`` (content hashes) or ``near FEATURE``."""
+    members: list[Ints]
+    """Places of each group, ascending; two or more."""
+    threshold: float | None = None
+    cosines: dict[int, float] = field(default_factory=dict)
+    """Place -> cosine to the nearest other of its group; empty for exact ones."""
+
+
+def exact_groups(material: Material, content: str) -> Groups:
+    """Samples with the same ``image`` or ``text`` hash."""
+    code = _codes(material, content)
+    return Groups(content, _collected(code, code >= 0))
+
+
+def near_groups(material: Material, by: Around, threshold: float | None = None) -> Groups:
+    """Samples that are linked by cosines of at least ``threshold`` (None: `near_threshold`)."""
+    limit = near_threshold(material, by.feature) if threshold is None else threshold
+    with np.errstate(invalid="ignore"):
+        close = (by.cosines >= limit) & (by.places >= 0)
+    one, column = np.nonzero(close)
+    n = len(material)
+    links = csr_array(
+        (np.ones(len(one), np.int8), (one, by.places[one, column].astype(np.int64))), shape=(n, n)
+    )
+    _, group = connected_components(links, directed=False)
+    linked = np.zeros(n, bool)
+    linked[one] = linked[by.places[one, column]] = True
+    cosines: dict[int, float] = {}
+    for a, b, value in zip(one, by.places[one, column], by.cosines[one, column], strict=True):
+        for place in (int(a), int(b)):
+            cosines[place] = max(cosines.get(place, -1.0), float(value))
+    found = _collected(group, linked)
+    contents = TOWER_CONTENT[material.store[by.feature].tower]
+    keys = [_codes(material, content) for content in contents]
+    # What is exactly the same throughout is listed as such already.
+    found = [g for g in found if any(len(np.unique(k[g])) > 1 or k[g[0]] < 0 for k in keys)]
+    return Groups(f"near {by.feature}", found, limit, cosines)
+
+
+def near_threshold(material: Material, feature: str) -> float:
+    """The cosine from which two samples are near-identical, by how far random ones are apart."""
+    random = np.random.default_rng(0)
+    n = len(material)
+    some = np.sort(random.choice(n, min(n, 2000), replace=False))
+    values = torch.from_numpy(material.store[feature].take(material.rows[some]).astype(np.float32))
+    unit = torch.nn.functional.normalize(values, dim=1)
+    one, other = random.integers(0, len(some), (2, RANDOM_PAIRS))
+    apart = one != other
+    if not apart.any():
+        return 1.0
+    cosines = (unit[one[apart]] * unit[other[apart]]).sum(1)
+    return 1 - NEAR_SHARE * (1 - float(cosines.median()))
+
+
+def leaks(material: Material, members: Ints) -> bool:
+    """Whether a group has samples of training and of another split."""
+    train = material.train[members]
+    return bool(train.any() and not train.all())
+
+
+def duplicate_rows(material: Material, found: Sequence[Groups]) -> list[dict[str, Any]]:
+    """Rows of `duplicates.csv`: leaking groups first, then large ones."""
+    listed = [(groups, members) for groups in found for members in groups.members]
+    listed.sort(key=lambda item: (not leaks(material, item[1]), -len(item[1]), int(item[1][0])))
+    rows = []
+    for number, (groups, members) in enumerate(listed, 1):
+        columns = {name: material.column(name, members) for name in ("id", "image", "text")}
+        names = [material.names(int(place)) for place in members]
+        known = {tuple(label) for label in names if label is not None}
+        for at, place in enumerate(members.tolist()):
+            rows.append(
+                {
+                    "group": number,
+                    "kind": groups.kind,
+                    "size": len(members),
+                    "leak": int(leaks(material, members)),
+                    "labels_differ": int(len(known) > 1),
+                    "cosine": groups.cosines.get(place),
+                    "id": columns["id"][at],
+                    "split": material.split[place],
+                    "labels": names[at],
+                    "image": columns["image"][at],
+                    "text": columns["text"][at],
+                    "_place": place,
+                }
+            )
+    return rows
+
+
+def _codes(material: Material, content: str) -> Ints:
+    """int64 (n,): the same number for the same content, -1 for none."""
+    keys = material.store.column(f"{content}_key").take(pa.array(material.rows)).combine_chunks()
+    codes = pc.dictionary_encode(keys).indices
+    return pc.fill_null(codes, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _collected(group: npt.NDArray[Any], wanted: npt.NDArray[np.bool_]) -> list[Ints]:
+    """Places of each group that has two or more wanted ones."""
+    places = np.flatnonzero(wanted)
+    order = places[np.argsort(group[places], kind="stable")]
+    cuts = np.flatnonzero(np.diff(group[order])) + 1
+    return [part.astype(np.int64) for part in np.split(order, cuts) if len(part) > 1]
