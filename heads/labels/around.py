@@ -43,8 +43,8 @@ def _of_feature(material: Material, feature: str, progress: Progress, report: Sa
     cosines = np.full((n, K), np.nan, np.float32)
     stage = f"neighbours by {feature}"
     if n <= FLAT_ROWS:
-        values = torch.from_numpy(material.store[feature].take(material.rows).astype(np.float32))
-        search = ExactSearch(values.to(material.device))
+        vectors = torch.from_numpy(material.store[feature].take(material.rows).astype(np.float32))
+        search = ExactSearch(vectors.to(material.device))
         k = min(K, n - 1)
         for start in range(0, n if k else 0, BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, n)
@@ -57,12 +57,12 @@ def _of_feature(material: Material, feature: str, progress: Progress, report: Sa
         return Around(feature, places, cosines)
     index = open_index(material.store, feature, report=report)
     for start in range(0, n, BLOCK_ROWS):
-        rows, near = index.of_rows(material.rows[start : start + BLOCK_ROWS], K)
+        rows, values = index.of_rows(material.rows[start : start + BLOCK_ROWS], K)
         at = np.searchsorted(material.rows, rows).clip(max=n - 1)
         there = material.rows[at] == rows  # other samples may lack another feature
         block = slice(start, start + len(rows))
         places[block] = np.where(there, at, -1)
-        cosines[block] = np.where(there, near, np.nan)
+        cosines[block] = np.where(there, values, np.nan)
         progress(stage, start + len(rows), n)
     return Around(feature, places, cosines)
 

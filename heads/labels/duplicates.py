@@ -103,9 +103,16 @@ def leaks(material: Material, members: Ints) -> bool:
 
 
 def duplicate_rows(material: Material, found: Sequence[Groups]) -> list[dict[str, Any]]:
-    """Rows of `duplicates.csv`: leaking groups first, then large ones."""
+    """Rows of `duplicates.csv`: leaking groups first, then exact ones, then large ones."""
     listed = [(groups, members) for groups in found for members in groups.members]
-    listed.sort(key=lambda item: (not leaks(material, item[1]), -len(item[1]), int(item[1][0])))
+    listed.sort(
+        key=lambda item: (
+            not leaks(material, item[1]),
+            item[0].threshold is not None,
+            -len(item[1]),
+            int(item[1][0]),
+        )
+    )
     rows = []
     for number, (groups, members) in enumerate(listed, 1):
         columns = {name: material.column(name, members) for name in ("id", "image", "text")}

@@ -37,6 +37,7 @@ def test_the_commands():
         "export",
         "extract",
         "info",
+        "labels",
         "list",
         "neighbors",
         "predict",

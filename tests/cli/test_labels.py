@@ -1,0 +1,165 @@
+"""`mmc labels`: files that other tools read, a page without a network, stores of all kinds."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from labels_case import store_of
+
+TABLES = ("nearest_labels", "samples", "suspects", "duplicates", "to_label", "outliers")
+VOID = {"meta", "link", "br", "img"}
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file, strict=True))
+
+
+class Checked(HTMLParser):
+    """Collects addresses and pictures; every element is closed in its order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.pictures = 0
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.addresses += [found[key] for key in ("src", "href") if key in found]
+        if tag == "img":
+            self.pictures += 1
+            assert found["alt"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def check_page(path: Path) -> Checked:
+    page = Checked()
+    page.feed(path.read_text(encoding="utf-8"))
+    assert page.open == []
+    assert all(re.match(r"data:|#|[a-z_]+\.", address) for address in page.addresses)
+    return page
+
+
+@pytest.fixture(scope="module")
+def analysed(tmp_path_factory, trained):
+    from mmc.cli import app
+
+    out = tmp_path_factory.mktemp("labels") / "out"
+    store, run = trained
+    app(["labels", str(store), "--run", str(run), "--out", str(out)], standalone_mode=False)
+    return out
+
+
+def test_what_is_written(analysed):
+    assert {p.name for p in analysed.iterdir()} == {
+        *(f"{name}.csv" for name in TABLES),
+        "label_graph.graphml",
+        "label_graph.json",
+        "index.html",
+    }
+    samples = read(analysed / "samples.csv")
+    assert len(samples) == 100
+    assert {row["run_trained_on_it"] for row in samples if row["split"] == "train"} == {"1"}
+    assert {row["run_trained_on_it"] for row in samples if row["split"] != "train"} == {"0"}
+    assert {row["labelled"] for row in samples} == {"1"}
+    assert {row["view"] for row in read(analysed / "nearest_labels.csv")} >= {"text", "centroid"}
+    texts = [row for row in read(analysed / "duplicates.csv") if row["kind"] == "text"]
+    assert {row["text"] for row in texts} == {"a bright day, outside", "a day\nlike others"}
+    assert {row["leak"] for row in texts} == {"1"}
+    assert len(json.loads((analysed / "label_graph.json").read_text())["nodes"]) == 3
+
+
+def test_the_page_has_pictures_and_needs_nothing(analysed):
+    page = check_page(analysed / "index.html")
+    assert 0 < page.pictures <= 60
+
+
+def test_json_and_writing_again(mmc, trained, tmp_path):
+    found = mmc("labels", trained[0], "--out", tmp_path / "out", "--json", "--limit", 3)
+    assert found.code == 0, found.err
+    told = found.json()
+    assert (told["samples"], told["labelled"], told["labels"]) == (100, 100, 3)
+    assert all(count <= 3 for count in told["suspects"].values())
+    again = mmc("labels", trained[0], "--out", tmp_path / "out", "--features", "clip/text")
+    assert again.code == 0, again.err
+    assert "100, 100 labelled, by clip/text" in " ".join(again.out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--near", "1.5"], "--near must be a cosine in (0, 1]"),
+        (["--limit", "0"], "--limit must be 1 or more"),
+        (["--features", "clip/nothing"], "no feature 'clip/nothing'"),
+        (["--run", "nothing.run"], "nothing.run"),
+    ],
+)
+def test_bad_input_is_one_line(mmc, trained, tmp_path, arguments, said):
+    result = mmc("labels", trained[0], "--out", tmp_path / "out", *arguments)
+    assert result.code == 2
+    assert said in result.error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_other_content_is_left_alone(mmc, trained, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    result = mmc("labels", trained[0], "--out", tmp_path)
+    assert result.code == 2
+    assert "holds other content (notes.txt)" in result.error
+
+
+@pytest.mark.parametrize("kind", ["unlabelled", "one label", "multiclass", "binary", "one sample"])
+def test_stores_of_all_kinds(mmc, tmp_path, kind):
+    vectors = [[1.0, i % 3, i % 5 + 0.1 * i] for i in range(30)]
+    labels, names, task = {
+        "unlabelled": ([None] * 30, [], "unlabelled"),
+        "one label": ([[0] if i % 2 else [] for i in range(30)], ['<b>&"it\'s"'], "multilabel"),
+        "multiclass": ([[i % 3] if i % 4 else None for i in range(30)], "abcd", "multiclass"),
+        "binary": ([[i % 2] for i in range(30)], "01", "binary"),
+        "one sample": ([[0]], "ab", "multilabel"),
+    }[kind]
+    store = tmp_path / "a <i>.store"
+    store_of(store, vectors[: len(labels)], labels, names, task=task)
+    result = mmc("labels", store, "--out", tmp_path / "out")
+    assert result.code == 0, result.err
+    page = check_page(tmp_path / "out" / "index.html")
+    assert page.pictures == 0
+    found = {name: read(tmp_path / "out" / f"{name}.csv") for name in TABLES}
+    assert len(found["samples"]) == len(labels)
+    assert len(found["to_label"]) == sum(label is None for label in labels)
+    assert all(
+        row["kind"] == "wrong" for row in found["suspects"] if kind in ("multiclass", "binary")
+    )
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
+def test_a_browser_shows_the_page(analysed, tmp_path):
+    shown = subprocess.run(
+        [
+            "chromium",
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            f"--user-data-dir={tmp_path}",
+            "--virtual-time-budget=2000",
+            "--dump-dom",
+            (analysed / "index.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert 'id="suspects"' in shown.stdout
+    assert "CONSOLE" not in shown.stderr
