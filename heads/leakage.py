@@ -7,6 +7,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from mmc.store.schema import TOWER_CONTENT
 
@@ -15,6 +18,14 @@ if TYPE_CHECKING:
 
 Rows = npt.NDArray[np.int64]
 BOTH = "image and text"
+NEAR_SHARE = 0.02
+"""Of the distance (1 - cosine) of two random samples: nearer than that is near-identical."""
+NEAR_PAIRS = 50_000_000
+"""More are not compared when a head is trained."""
+NEAR_WIDTH = 32
+"""Of fewer values some are near by chance."""
+NEAR_TILE = 1 << 22
+RANDOM_PAIRS = 20_000
 
 
 def also_in_train(
@@ -35,6 +46,63 @@ def also_in_train(
         content: int(pc.sum(_among(key.take(mine), key.take(seen))).as_py() or 0)
         for content, key in keys.items()
     }
+
+
+def near_in_train(
+    store: "EmbeddingStore", features: Sequence[str], train: Rows, rows: Rows
+) -> int | None:
+    """How many of ``rows`` are almost a row of ``train``, without sharing all of their content.
+
+    Almost: by each feature (of one vector per sample) they are at most a fiftieth as far apart
+    (1 - cosine) as two random samples are. None: no feature has 32 values or more, or there are more
+    than fifty million pairs, which `mmc labels` looks at with an index.
+    """
+    pooled = [name for name in features if is_vector(store, name)]
+    if not pooled or not len(train) or not 0 < len(train) * len(rows) <= NEAR_PAIRS:
+        return None
+    worst: list[tuple[Tensor, Tensor, float]] = []
+    for name in pooled:
+        ours, theirs = (unit_rows(store, name, taken) for taken in (rows, train))
+        worst.append((ours, theirs, NEAR_SHARE * random_distance(theirs)))
+    step = max(1, NEAR_TILE // len(train))
+    near = np.zeros(len(rows), bool)
+    for i in range(0, len(rows), step):
+        close = None
+        for ours, theirs, most in worst:
+            found = 1 - ours[i : i + step] @ theirs.T <= most
+            close = found if close is None else close & found
+        assert close is not None
+        near[i : i + step] = close.any(1).numpy()
+    keys = [
+        store.column(f"{content}_key").combine_chunks() for content in contents(store, features)
+    ]
+    if keys:
+        key = pc.binary_join_element_wise(*keys, " ") if len(keys) == 2 else keys[0]
+        same = _among(key.take(pa.array(rows)), key.take(pa.array(train)))
+        near &= ~pc.fill_null(same, False).to_numpy(zero_copy_only=False)
+    return int(near.sum())
+
+
+def is_vector(store: "EmbeddingStore", name: str) -> bool:
+    """Whether a feature is one float vector per sample, of enough values to tell samples apart."""
+    stored = store[name]
+    return len(stored.shape) == 2 and stored.dtype.kind == "f" and stored.shape[1] >= NEAR_WIDTH
+
+
+def unit_rows(store: "EmbeddingStore", name: str, rows: Rows) -> Tensor:
+    """A feature of ``rows``, float32 (n, D) of length 1."""
+    values = np.ascontiguousarray(store[name].take(rows), np.float32)
+    return F.normalize(torch.from_numpy(values), dim=1)
+
+
+def random_distance(unit: Tensor) -> float:
+    """Median of 1 - cosine of two random rows of ``unit`` (n, D); 0 where there is only one."""
+    random = np.random.default_rng(0)
+    one, other = random.integers(0, len(unit), (2, RANDOM_PAIRS))
+    apart = one != other
+    if not apart.any():
+        return 0.0
+    return 1 - float((unit[one[apart]] * unit[other[apart]]).sum(1).median())
 
 
 def contents(store: "EmbeddingStore", features: Sequence[str]) -> list[str]:

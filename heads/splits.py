@@ -93,6 +93,12 @@ def _seen(
             f"warning: of {len(rows[name]):,} {name} samples {what}: new samples may do worse than "
             "the figures (`mmc extract --dedupe` drops samples that share both picture and text)"
         )
+    near = leakage.near_in_train(store, features, rows["train"], rows[name])
+    if near:
+        notes.append(
+            f"warning: {near:,} of {len(rows[name]):,} {name} samples are near-identical to a "
+            "training sample by every embedding; `mmc labels` lists near duplicates"
+        )
     return seen
 
 

@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
 from mmc.heads.labels.around import Around
-from mmc.heads.labels.material import Ints, Material
+from mmc.heads.labels.material import Ints, Material, spaced
+from mmc.heads.leakage import NEAR_SHARE, random_distance, unit_rows
 from mmc.store.schema import TOWER_CONTENT
 
 COLUMNS = (
@@ -32,9 +32,8 @@ COLUMNS = (
     "image",
     "text",
 )
-NEAR_SHARE = 0.02
-"""Of the distance (1 - cosine) of two random samples: nearer than that is near-identical."""
-RANDOM_PAIRS = 20_000
+THRESHOLD_ROWS = 5000
+"""Samples, evenly spaced, that the distance of random ones is measured on."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +82,8 @@ def near_groups(material: Material, by: Around, threshold: float | None = None) 
 
 def near_threshold(material: Material, feature: str) -> float:
     """The cosine from which two samples are near-identical, by how far random ones are apart."""
-    random = np.random.default_rng(0)
-    n = len(material)
-    some = np.sort(random.choice(n, min(n, 2000), replace=False))
-    values = torch.from_numpy(material.store[feature].take(material.rows[some]).astype(np.float32))
-    unit = torch.nn.functional.normalize(values, dim=1)
-    one, other = random.integers(0, len(some), (2, RANDOM_PAIRS))
-    apart = one != other
-    if not apart.any():
-        return 1.0
-    cosines = (unit[one[apart]] * unit[other[apart]]).sum(1)
-    return 1 - NEAR_SHARE * (1 - float(cosines.median()))
+    some = spaced(material.rows, THRESHOLD_ROWS)
+    return 1 - NEAR_SHARE * random_distance(unit_rows(material.store, feature, some))
 
 
 def leaks(material: Material, members: Ints) -> bool:

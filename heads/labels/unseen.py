@@ -6,11 +6,14 @@ Legend: n samples, C labels.
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from mmc.heads.labels.material import Bools, Ints, Material, Progress
 from mmc.heads.predict import Predictor
+from mmc.heads.runfiles import OUT_OF_FOLD
 from mmc.heads.temperature import probabilities
 from mmc.heads.thresholds import decide
 
@@ -51,7 +54,23 @@ class RunView:
             ].numpy()
             progress("ask the run", start + len(rows), n)
         self.unseen: Bools = ~material.train & ~self.probabilities[:, 0].isnan().numpy()
-        """(n,) samples that did not train the run: those of the other splits."""
+        """(n,) samples that did not train what the probabilities come from: those of other splits,
+        and those that were held out of a fold."""
+        self._out_of_fold(run, material)
+
+    def _out_of_fold(self, run: "Run", material: Material) -> None:
+        """Take what was said of train and val samples by heads that had not seen them."""
+        if run.path is None or not (run.path / OUT_OF_FOLD).exists():
+            return
+        held = run.out_of_fold()
+        ids = material.store.column("id").take(pa.array(material.rows)).combine_chunks()
+        at = pc.index_in(ids, value_set=held.ids.cast(ids.type))
+        places = np.flatnonzero(at.is_valid().to_numpy(zero_copy_only=False))
+        rows = torch.from_numpy(at.drop_null().to_numpy().astype(np.int64))
+        p = held.probabilities[rows]
+        self.probabilities[torch.from_numpy(places)] = p[:, self.columns]
+        self.decisions[places] = decide(p, run.task, run.thresholds)[:, self.columns].numpy()
+        self.unseen[places] = True
 
 
 def join(own: Tensor, run: Tensor, targets: Tensor, task: str) -> Tensor:

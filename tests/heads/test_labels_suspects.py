@@ -1,6 +1,7 @@
 """Likely label errors: the fit that leaves one out, what the other labels explain, the ranking."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from labels_case import quiet, store_of
@@ -11,6 +12,7 @@ from mmc.heads.labels import posterior, suspects, unseen
 from mmc.heads.labels.around import around, shares
 from mmc.heads.labels.material import Material
 from mmc.heads.labels.ridge import Ridge as KernelRidge
+from mmc.heads.search.outoffold import OutOfFold
 
 
 def digit_pairs(n: int = 500, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -142,6 +144,29 @@ def test_a_run_counts_only_where_it_did_not_train(make_store, make_run):
     # The run knows and our own view does not, so the joined order is the run's.
     used = [0, 1, 2, 3]
     assert np.corrcoef(said[:, used].ravel(), mine[:, used].ravel())[0, 1] > 0.9
+
+
+def test_out_of_fold_predictions_count_for_training_samples(make_store, make_run, tmp_path):
+    store = make_store(unlabelled=())
+    run = make_run(store).save(tmp_path / "run")
+    material = Material(store)
+    plain = unseen.RunView(run, material, quiet)
+    places = np.flatnonzero(np.array(material.split) == "train")[::2]
+    logits = torch.arange(len(places) * 5).reshape(-1, 5) / 50 - 1
+    OutOfFold(
+        ids=pa.array([f"s{row}" for row in material.rows[places[::-1]]]),
+        fold=torch.zeros(len(places), dtype=torch.int64),
+        logits=logits.float().flip(0),
+        targets=torch.zeros(len(places), 5, dtype=torch.int8),
+        task="multilabel",
+    ).save(tmp_path / "run")
+    found = unseen.RunView(run, material, quiet)
+    torch.testing.assert_close(found.probabilities[places], logits.sigmoid())
+    assert (found.decisions[places] == (logits.sigmoid() >= 0.5).numpy()).all()
+    assert found.unseen[places].all()
+    rest = np.setdiff1d(np.arange(len(material)), places)
+    torch.testing.assert_close(found.probabilities[rest], plain.probabilities[rest])
+    assert (found.unseen[rest] == plain.unseen[rest]).all()
 
 
 def test_a_run_that_knows_nothing_changes_nothing():

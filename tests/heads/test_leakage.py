@@ -8,7 +8,7 @@ import pytest
 
 from mmc.heads import splits
 from mmc.heads.artifact import Run
-from mmc.heads.leakage import described
+from mmc.heads.leakage import described, near_in_train
 from mmc.heads.options import TrainConfig
 from mmc.heads.trainer import train
 from mmc.store import EmbeddingStore, FieldSpec
@@ -103,3 +103,36 @@ def test_a_head_that_trains_nothing_has_seen_nothing(store: EmbeddingStore) -> N
 )
 def test_in_words(found: dict[str, int], text: str) -> None:
     assert described(found) == text
+
+
+def test_near_identical_training_samples_are_told(tmp_path: Path) -> None:
+    """Row 50 is row 3 but for noise, row 51 is row 4 by one of two features only, and row 52 has
+    the very content of row 5."""
+    random = np.random.default_rng(0)
+    first, second = random.normal(size=(2, 60, 48))
+    first[50] = first[3] + 0.01 * random.normal(size=48)
+    second[50] = 2 * second[3]
+    first[51] = first[4]
+    first[52], second[52] = first[5], second[5]
+    keys = [f"k{row}" for row in range(60)]
+    keys[52] = "k5"
+    table = pa.table(
+        {
+            "id": [f"s{row}" for row in range(60)],
+            "split": ["train"] * 40 + ["val"] * 10 + ["test"] * 10,
+            "labels": [[row % 2] for row in range(60)],
+            "image_key": keys,
+        }
+    )
+    store = EmbeddingStore.create(
+        tmp_path / "s", table, label_set=("a", "b"), task="multilabel", source={"spec": "x"}
+    )
+    fields = [FieldSpec(name=n, shape=(48,), dtype="float32", tower="image") for n in "ab"]
+    with store.writer("x", fields, {}, {}) as writer:
+        writer.commit(0, "image", range(60), {"a": first.astype("f4"), "b": second.astype("f4")})
+    train, test = np.arange(40), np.arange(50, 60)
+    assert near_in_train(store, ["x/a", "x/b"], train, test) == 1
+    assert near_in_train(store, ["x/a"], train, test) == 2
+    assert near_in_train(store, ["x/a"], train[:0], test) is None
+    notes = splits.choose(store, ["x/a", "x/b"], trains=True).notes
+    assert any(note.startswith("warning: 1 of 10 test samples are near-iden") for note in notes)
