@@ -54,8 +54,8 @@ def near_in_train(
     """How many of ``rows`` are almost a row of ``train``, without sharing all of their content.
 
     Almost: by each feature (of one vector per sample) they are at most a fiftieth as far apart
-    (1 - cosine) as two random samples are. None: no feature has 32 values or more, or there are more
-    than fifty million pairs, which `mmc labels` looks at with an index.
+    (1 - cosine) as two random samples are. None: no feature has 32 values or more, or there are
+    more than fifty million pairs, which `mmc labels` looks at with an index.
     """
     pooled = [name for name in features if is_vector(store, name)]
     if not pooled or not len(train) or not 0 < len(train) * len(rows) <= NEAR_PAIRS:
