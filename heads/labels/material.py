@@ -30,6 +30,8 @@ Bools = npt.NDArray[np.bool_]
 Progress = Callable[[str, int, int], None]
 """Told (stage, done, total)."""
 
+BLOCK_ROWS = 8192
+"""b at most: what is made of a block may have more values than it."""
 CENTRE_ROWS = 20_000
 """The mean embedding is taken over so many samples, evenly spaced."""
 
@@ -111,10 +113,15 @@ class Material:
         rows = self.rows if places is None else self.rows[places]
         centre = self._means()
         for first, batch in raw_blocks(self.store, self._roles(), rows, self.device):
-            parts = [F.normalize(F.normalize(v, dim=1) - centre[k]) for k, v in batch.items()]
-            yield first, torch.cat(parts, 1) / len(parts) ** 0.5
-            if progress:
-                progress(first + len(parts[0]), len(rows))
+            size = len(next(iter(batch.values())))
+            for i in range(0, size, BLOCK_ROWS):
+                parts = [
+                    F.normalize(F.normalize(values[i : i + BLOCK_ROWS], dim=1) - centre[name])
+                    for name, values in batch.items()
+                ]
+                yield first + i, torch.cat(parts, 1) / len(parts) ** 0.5
+                if progress:
+                    progress(first + i + len(parts[0]), len(rows))
 
     def gather(self, places: Ints) -> Tensor:
         """As `vectors`, in one piece; for some thousands of samples at most."""
