@@ -659,6 +659,50 @@ def evaluate_command(
         print(format_table(result))
 
 
+@app.command("report")
+def report_command(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="HTML file to write.")],
+    store: Annotated[
+        str | None, typer.Option(help="The store; default: the one that the run was trained on.")
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Samples of this split, or `all`; default: test where it is labelled, else val."
+        ),
+    ] = None,
+    device: Device = "auto",
+    json_output: Json = False,
+) -> None:
+    """Write a page that shows how good a run is, label by label and sample by sample.
+
+    \b
+    Example:
+      mmc report my.run --out report.html
+    """
+    from mmc.extract.thumbnails import Thumbnails
+    from mmc.heads.artifact import Run
+    from mmc.heads.report.page import trained_store, write_report
+    from mmc.store import EmbeddingStore
+
+    loaded = Run.load(run)
+    opened = EmbeddingStore.open(store or trained_store(loaded, run))
+    done = write_report(
+        loaded,
+        opened,
+        out,
+        split=split,
+        thumbnail=Thumbnails(opened),
+        device=device,
+        report=_say,
+    )
+    if json_output:
+        _print_json(asdict(done))
+    else:
+        print(done)
+
+
 @app.command("neighbors")
 def neighbors_command(
     store: StorePath,

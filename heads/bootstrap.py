@@ -27,25 +27,37 @@ BLOCK = 1 << 22
 
 
 def resampled(
-    logits: Tensor, targets: Tensor, task: str, *, seed: int = 0, resamples: int | None = None
+    logits: Tensor,
+    targets: Tensor,
+    task: str,
+    *,
+    metric: str | None = None,
+    seed: int = 0,
+    resamples: int | None = None,
 ) -> Floats:
-    """The task's headline metric of resampled rows, (resamples,); NaN where it is not defined.
+    """A metric of resampled rows, (resamples,); NaN where it is not defined.
 
     The same seed and number of rows draw the same rows, so values of two runs are pairs.
 
     Args:
         logits: float (N, C).
         targets: multilabel int8 (N, C) in {-1, 0, 1}; otherwise int64 (N,), -1 unknown.
+        metric: the task's headline metric when None; ``ap`` too for a binary task.
         resamples: default 1,000, fewer on large sets.
     """
     logits, targets = logits.detach().cpu().double(), targets.cpu()
     columns = logits.shape[1] if task == "multilabel" else 1
     if resamples is None:
-        wanted = ENTRIES // max(1, len(logits) * columns)
-        resamples = min(RESAMPLES, max(FEWEST, wanted))
-    measure = {"mAP": _mean_ap, "auroc": _auroc, "macro_f1": _macro_f1}[HEADLINE[task]]
-    blocks = _drawn(len(logits), resamples, seed)
+        resamples = how_often(len(logits) * columns)
+    measures = {"mAP": _mean_ap, "auroc": _auroc, "ap": _ap, "macro_f1": _macro_f1}
+    measure = measures[metric or HEADLINE[task]]
+    blocks = drawn(len(logits), resamples, seed)
     return np.concatenate(list(measure(logits, targets, blocks)))
+
+
+def how_often(entries: int) -> int:
+    """Resamples of a set with so many rows x labels: 1,000, fewer on large sets."""
+    return min(RESAMPLES, max(FEWEST, ENTRIES // max(1, entries)))
 
 
 def interval(differences: Floats, level: float = 0.95) -> tuple[float, float]:
@@ -57,8 +69,8 @@ def interval(differences: Floats, level: float = 0.95) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _drawn(rows: int, resamples: int, seed: int) -> Iterator[npt.NDArray[np.int32]]:
-    """How often each row was drawn, (R, N), block by block."""
+def drawn(rows: int, resamples: int, seed: int) -> Iterator[npt.NDArray[np.int32]]:
+    """How often each row was drawn, (R, N), block by block; the same for the same seed."""
     random = np.random.default_rng(seed)
     step = max(1, BLOCK // max(rows, 1))
     for i in range(0, resamples, step):
@@ -124,10 +136,22 @@ def _mean_ap(
 def _auroc(
     logits: Tensor, targets: Tensor, blocks: Iterator[npt.NDArray[np.int32]]
 ) -> Iterator[Floats]:
-    margin = (logits[:, 1] - logits[:, 0]).numpy()
-    ranked = _Ranked(margin, targets.numpy().astype(np.int8))
+    ranked = _second_class(logits, targets)
     for counts in blocks:
         yield ranked.auroc(counts)
+
+
+def _ap(
+    logits: Tensor, targets: Tensor, blocks: Iterator[npt.NDArray[np.int32]]
+) -> Iterator[Floats]:
+    ranked = _second_class(logits, targets)
+    for counts in blocks:
+        yield ranked.ap(counts)
+
+
+def _second_class(logits: Tensor, targets: Tensor) -> _Ranked:
+    margin = (logits[:, 1] - logits[:, 0]).numpy()
+    return _Ranked(margin, targets.numpy().astype(np.int8))
 
 
 def _macro_f1(

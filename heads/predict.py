@@ -77,14 +77,18 @@ class Predictor:
         done: npt.NDArray[np.bool_] = self._done[rows]
         return done
 
-    @torch.no_grad()
     def logits(self, rows: Rows) -> Tensor:
         """float32 (n, C) on the device; every row must be done."""
-        out = torch.empty(len(rows), len(self.run.label_set), device=self.device)
+        return self.over(rows, self.head.score, len(self.run.label_set))
+
+    @torch.no_grad()
+    def over(self, rows: Rows, function: Callable[[Batch], Tensor], width: int) -> Tensor:
+        """``function`` of what the head prepares of ``rows``, by batches: float32 (n, width)."""
+        out = torch.empty(len(rows), width, device=self.device)
         step = min(self.batch, BLOCK_ROWS)
         with reading_threads() as pool:
             for i in range(0, len(rows), step):
-                out[i : i + step] = self.head.score(self._prepared(rows[i : i + step], pool))
+                out[i : i + step] = function(self._prepared(rows[i : i + step], pool))
         return out
 
     def _prepared(self, rows: Rows, pool: ThreadPoolExecutor) -> Batch:

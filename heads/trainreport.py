@@ -1,6 +1,7 @@
 """What a training did, for the caller."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mmc.heads.artifact import Run
@@ -66,4 +67,10 @@ def effort(setup: Setup, position: Position, seconds: float) -> dict[str, Any]:
         "batch_size": setup.batch_size,
         "lr": setup.lr,
         "device": str(setup.device),
+        "store": _absolute(setup.store.path),
     }
+
+
+def _absolute(place: str) -> str:
+    """A store's path that means the same from every folder; a URL stays."""
+    return place if "://" in place else str(Path(place).absolute())

@@ -57,7 +57,7 @@ class Router(PerFieldHead):
 
     def score(self, prepared: Batch) -> Tensor:
         fields = len(self.roles)
-        weights_BF = self._weights(prepared) * fields
+        weights_BF = self.prepared_weights(prepared) * fields
         # Less the prior of every field, whose weights sum to the number of fields.
         logits_BC = self.prior * (1 - fields)
         for index, (role, classify) in enumerate(zip(self.roles, self.classifiers, strict=True)):
@@ -72,9 +72,10 @@ class Router(PerFieldHead):
 
     def weights(self, batch: Batch) -> Tensor:
         """Fields as they are stored -> weight (B, F) of each; rows sum to 1."""
-        return self._weights(self.prepare(batch))
+        return self.prepared_weights(self.prepare(batch))
 
-    def _weights(self, prepared: Batch) -> Tensor:
+    def prepared_weights(self, prepared: Batch) -> Tensor:
+        """`weights` of fields that are prepared already."""
         first: nn.Linear = self.router[0]  # type: ignore[assignment]
         # Field by field, since putting them side by side takes as long as the product.
         fields = [prepared[role] for role in self.roles]

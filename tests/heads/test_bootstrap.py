@@ -11,7 +11,7 @@ from mmc.heads.bootstrap import interval, resampled
 
 def drawn_rows(n: int, resamples: int, seed: int) -> list[np.ndarray]:
     """The rows of every resample."""
-    counts = np.concatenate(list(bootstrap._drawn(n, resamples, seed)))
+    counts = np.concatenate(list(bootstrap.drawn(n, resamples, seed)))
     assert (counts.sum(1) == n).all()
     return [np.repeat(np.arange(n), row) for row in counts]
 

@@ -1,0 +1,251 @@
+"""The page: rows are chosen and measured, its parts put together, the file written whole."""
+
+import base64
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmc.heads import splits
+from mmc.heads.artifact import Run
+from mmc.heads.metrics import HEADLINE
+from mmc.heads.models import GROUP, HEADS
+from mmc.heads.predict import select_rows
+from mmc.heads.report import figures, origin, samples
+from mmc.heads.report.markup import esc, number, paragraph
+from mmc.heads.report.measured import Measured, intervals, measure
+from mmc.heads.report.samples import Thumbnail
+from mmc.heads.runfiles import write_atomic
+from mmc.store.errors import InputError
+from mmc.store.registry import load, lookup
+
+if TYPE_CHECKING:
+    from mmc.store import EmbeddingStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageReport:
+    """What `write_report` wrote."""
+
+    path: Path
+    bytes: int
+    split: str
+    samples: int
+    metric: str
+    value: float | None
+    interval: tuple[float, float]
+
+    def __str__(self) -> str:
+        """The file, and the headline figure."""
+        low, high = self.interval
+        return (
+            f"{self.path}: {self.bytes:,} bytes; {self.metric} {number(self.value, 4)} on "
+            f"{self.samples:,} samples of {self.split}, 95 % interval {number(low, 4)} to "
+            f"{number(high, 4)}"
+        )
+
+
+def trained_store(run: Run, where: str | Path) -> str:
+    """Path of the store that a run was trained on, as the run recorded it.
+
+    Raises:
+        InputError: it did not, or nothing is there any more.
+    """
+    place = run.training.get("store")
+    if not place:
+        raise InputError(f"{where} does not record its store; name it with --store")
+    if "://" not in place and not Path(place).exists():
+        raise InputError(
+            f"{where} was trained on {place}, which is not there any more; name the store with "
+            "--store"
+        )
+    return str(place)
+
+
+def write_report(
+    run: Run,
+    store: "EmbeddingStore",
+    out: str | Path,
+    *,
+    split: str | None = None,
+    thumbnail: Thumbnail | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    report: Callable[[str], None] = lambda line: None,
+) -> PageReport:
+    """Write the page of ``run`` to the file ``out``, whole or not at all.
+
+    Args:
+        split: labelled samples that are shown; ``all``: every one; None: test where there is any,
+            else the validation samples of the training.
+        thumbnail: small JPEG of a row; None: no pictures.
+        seed: of the bootstrap.
+        report: told what is being done.
+
+    Raises:
+        InputError: no labelled samples there, or the store has other labels or features.
+    """
+    parts = _measured(run, store, split, device, report)
+    main = parts[0]
+    report(f"drawing samples anew for the intervals ({len(main):,} samples)")
+    found = intervals(main, run.task, seed=seed)
+    text = render(run, store, parts, found, thumbnail=thumbnail, device=device)
+    data = text.encode("utf-8", "backslashreplace")
+    path = Path(out)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, data)
+    name = HEADLINE[run.task]
+    return PageReport(
+        path=path,
+        bytes=len(data),
+        split=main.split,
+        samples=len(main),
+        metric=name,
+        value=main.metrics[name],
+        interval=found[name],
+    )
+
+
+def _measured(
+    run: Run, store: "EmbeddingStore", split: str | None, device: str, report: Callable[[str], None]
+) -> list[Measured]:
+    """The rows that the page is about, then others that the run was not trained on."""
+    if run.task != store.task:
+        raise InputError(f"{store.path} is {store.task} and the run {run.task}")
+    run.check_labels(store.label_set, store.path)
+    names = list(run.resolve_features(store).values())
+    chosen: dict[str, splits.Rows] = {}
+    if split is None:
+        divided = splits.choose(store, names, trains=False)
+        chosen = {name: getattr(divided, name) for name in ("test", "val")}
+    else:
+        rows = select_rows(store, None, None if split == "all" else split)
+        known = np.asarray(store.labels.known)[rows]
+        done = np.logical_and.reduce([store[name].done[rows] for name in names])
+        chosen = {"all splits" if split == "all" else split: rows[known & done]}
+    chosen = {name: rows for name, rows in chosen.items() if len(rows)}
+    parts = []
+    for name, rows in chosen.items():
+        report(f"measuring {len(rows):,} samples of {name}")
+        parts.append(measure(run, store, rows, name, device))
+    parts = [part for part in parts if len(part)]
+    if not parts:
+        where = f"split {split}" if split else "its test and val splits"
+        raise InputError(f"{store.path} has no labelled samples with features in {where}")
+    return parts
+
+
+def render(
+    run: Run,
+    store: "EmbeddingStore",
+    parts: list[Measured],
+    found: dict[str, tuple[float, float]],
+    *,
+    thumbnail: Thumbnail | None,
+    device: str,
+) -> str:
+    """The page as text."""
+    main, name = parts[0], run.path.resolve().name if run.path else "run"
+    shown = samples.album(store, thumbnail)
+    body = [
+        figures.quality(run, main, found),
+        figures.labels(run, main),
+        figures.confusions(run, main),
+        figures.calibration(run, main),
+        figures.fields(run, store, main, device),
+        samples.best_and_worst(run, main, shown),
+        samples.suspects(run, parts, shown),
+        figures.near_labels(run, store, main),
+        figures.learning(run),
+        origin.reproduce(run, store, main.split),
+    ]
+    body = [part for part in body if part]
+    links = "".join(f'<li><a href="#{key}">{title}</a></li>' for key, title in map(_title, body))
+    script = _resource("script.js")
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # Nothing is ever fetched, and no script runs but this one, whatever the data hold.
+    policy = (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{allowed}'"
+    )
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<title>{esc(name)}: report</title>
+<link rel="icon" href="data:,">
+<style>
+{_resource("style.css")}</style>
+</head>
+<body>
+<a class="skip" href="#quality">Skip to the figures</a>
+<header>
+<h1>{esc(name)}</h1>
+{paragraph(_lead(run, main, found), "lead")}
+{"".join(paragraph(note, "note") for note in _notes(run, main))}
+<nav aria-label="Parts of this page"><ul>{links}</ul></nav>
+</header>
+<main>
+{chr(10).join(body)}
+</main>
+<footer>Written by mmc {esc(run.versions.get("mmc", ""))}; trained {esc(run.created)}. This page loads nothing from elsewhere.</footer>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def _title(part: str) -> tuple[str, str]:
+    """Key and heading of a section, as `section` wrote them."""
+    key = part.split('id="', 1)[1].split('"', 1)[0]
+    return key, part.split("</h2>", 1)[0].rsplit(">", 1)[1]
+
+
+def _lead(run: Run, main: Measured, found: dict[str, tuple[float, float]]) -> str:
+    kind = {
+        "multilabel": f"any of {len(run.label_set):,} labels",
+        "binary": f"{run.label_set[0]} or {run.label_set[1]}",
+        "multiclass": f"one of {len(run.label_set):,} classes",
+    }[run.task]
+    reads = " and ".join(ref.feature for ref in run.features.values())
+    head: Any = load(lookup(HEADS, run.head, kind="head", group=GROUP))
+    about = f" {head.card}" if head.card else ""
+    name = HEADLINE[run.task]
+    low, high = found[name]
+    return (
+        f"A {run.head} head that reads {reads} and gives a sample {kind}.{about} On {len(main):,} "
+        f"labelled samples of {main.split} its {figures.NAMES[name]} is "
+        f"{number(main.metrics[name])} (95 % interval {number(low)} to {number(high)})."
+    )
+
+
+def _notes(run: Run, main: Measured) -> list[str]:
+    notes = []
+    if main.split == "val":
+        notes.append(
+            "Thresholds and the best epoch were chosen on these samples, so the figures are "
+            "optimistic; the store has no labelled test samples."
+        )
+    recorded = run.metrics.get(main.split, {}).get("rows_digest")
+    if recorded and recorded != main.metrics["rows_digest"]:
+        notes.append(
+            "The samples or their labels have changed since the training: everything here was "
+            "measured anew, and differs from the figures in the run."
+        )
+    if main.split in ("train", "all splits"):
+        notes.append(
+            "The run was trained on some or all of these samples: its figures are optimistic."
+        )
+    return notes
+
+
+def _resource(name: str) -> str:
+    return files("mmc.heads.report").joinpath(name).read_text(encoding="utf-8")
