@@ -22,7 +22,10 @@ def number(value: Any, digits: int = 3) -> str:
 def section(key: str, title: str, *parts: str) -> str:
     """A section with a heading that can be jumped to."""
     body = "\n".join(part for part in parts if part)
-    return f'<section id="{key}" aria-labelledby="{key}-h"><h2 id="{key}-h">{esc(title)}</h2>\n{body}\n</section>'
+    return (
+        f'<section id="{key}" aria-labelledby="{key}-h"><h2 id="{key}-h">{esc(title)}</h2>\n'
+        f"{body}\n</section>"
+    )
 
 
 def paragraph(text: str, css: str = "") -> str:
@@ -31,10 +34,10 @@ def paragraph(text: str, css: str = "") -> str:
     return f"<p{kind}>{esc(text)}</p>"
 
 
-def folded(summary: str, *parts: str, is_open: bool = False, key: str = "") -> str:
-    """What is shown when the reader asks for it."""
-    state, name = " open" if is_open else "", f' id="{key}"' if key else ""
-    return f"<details{name}{state}><summary>{esc(summary)}</summary>\n{''.join(parts)}</details>"
+def folded(summary: str, *parts: str, printed: bool = True) -> str:
+    """What is shown when the reader asks for it, and on paper if ``printed``."""
+    kind = "" if printed else ' class="screen"'
+    return f"<details{kind}><summary>{esc(summary)}</summary>\n{''.join(parts)}</details>"
 
 
 def cell(value: Any, *, digits: int = 3, bar: bool = False) -> str:

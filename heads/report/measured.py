@@ -27,6 +27,8 @@ from mmc.heads.thresholds import decide
 if TYPE_CHECKING:
     from mmc.store import EmbeddingStore
 
+Bin = tuple[int, float, float]
+
 LABELS_AT_ONCE = 128
 """Whose counts are resampled together."""
 

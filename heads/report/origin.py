@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def reproduce(run: Run, store: "EmbeddingStore", split: str) -> str:
-    """Commands, data, features with their fingerprints, versions, and the recipe where there is one."""
+    """Commands, data, features and their fingerprints, versions, the recipe where there is one."""
     features = [
         (row_head(esc(ref.feature)), text_cell(ref.context.get("spec", "not recorded")),
          f"<td><code>{esc(ref.fingerprint)}</code></td>")
@@ -39,19 +39,15 @@ def reproduce(run: Run, store: "EmbeddingStore", split: str) -> str:
     if "samples" in counts:
         facts.append(("samples of the source", f"{counts['samples']:,}"))
     record = {key: getattr(run, key) for key in ("head_config", "loss_config", "train_config")}
+    settings = json.dumps(record, indent=1, ensure_ascii=False, default=str)
     return section(
         "reproduce",
         "How to make it again",
-        f"<pre><code>{esc(commands(run, store.path, split))}</code></pre>",
+        _code(commands(run, store.path, split)),
         table("The run", ("", ""), [(row_head(esc(k)), text_cell(v)) for k, v in facts]),
         table("Features that it reads", ("feature", "backbone", "fingerprint"), features),
-        folded(
-            "All settings",
-            f"<pre><code>{esc(json.dumps(record, indent=1, ensure_ascii=False, default=str))}</code></pre>",
-        ),
-        folded("The recipe", f"<pre><code>{esc(run.recipe_text)}</code></pre>")
-        if run.recipe_text
-        else "",
+        folded("All settings", _code(settings), printed=False),
+        folded("The recipe", _code(run.recipe_text)) if run.recipe_text else "",
         paragraph("The same versions, device and seed give the same weights.", "soft"),
     )
 
@@ -109,6 +105,10 @@ def changed(run: Run) -> dict[str, str]:
                 shown = ",".join(map(str, plain)) if isinstance(plain, tuple) else str(plain)
                 found[f"{group}.{field.name}"] = shown
     return found
+
+
+def _code(text: str) -> str:
+    return f"<pre><code>{esc(text)}</code></pre>"
 
 
 def _line(*parts: str) -> str:

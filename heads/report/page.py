@@ -15,7 +15,7 @@ from mmc.heads.artifact import Run
 from mmc.heads.metrics import HEADLINE
 from mmc.heads.models import GROUP, HEADS
 from mmc.heads.predict import select_rows
-from mmc.heads.report import figures, origin, samples
+from mmc.heads.report import figures, fitting, mixups, origin, samples
 from mmc.heads.report.markup import esc, number, paragraph
 from mmc.heads.report.measured import Measured, intervals, measure
 from mmc.heads.report.samples import Thumbnail
@@ -156,17 +156,18 @@ def render(
     body = [
         figures.quality(run, main, found),
         figures.labels(run, main),
-        figures.confusions(run, main),
-        figures.calibration(run, main),
-        figures.fields(run, store, main, device),
+        mixups.confusions(run, main),
+        fitting.calibration(run, main),
+        fitting.fields(run, store, main, device),
         samples.best_and_worst(run, main, shown),
         samples.suspects(run, parts, shown),
-        figures.near_labels(run, store, main),
-        figures.learning(run),
+        mixups.near_labels(run, store, main),
+        fitting.learning(run),
         origin.reproduce(run, store, main.split),
     ]
     body = [part for part in body if part]
-    links = "".join(f'<li><a href="#{key}">{title}</a></li>' for key, title in map(_title, body))
+    titles = map(_title, body)
+    links = "".join(f'<li><a href="#{key}">{name}</a></li>' for key, name in titles)
     script = _resource("script.js")
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # Nothing is ever fetched, and no script runs but this one, whatever the data hold.
@@ -196,7 +197,9 @@ def render(
 <main>
 {chr(10).join(body)}
 </main>
-<footer>Written by mmc {esc(run.versions.get("mmc", ""))}; trained {esc(run.created)}. This page loads nothing from elsewhere.</footer>
+<footer>Written by mmc; the run was trained {esc(run.created)} with mmc
+{esc(run.versions.get("mmc", "of unknown version"))}. This page loads nothing from elsewhere.
+</footer>
 <script>{script}</script>
 </body>
 </html>
@@ -218,11 +221,11 @@ def _lead(run: Run, main: Measured, found: dict[str, tuple[float, float]]) -> st
     reads = " and ".join(ref.feature for ref in run.features.values())
     head: Any = load(lookup(HEADS, run.head, kind="head", group=GROUP))
     about = f" {head.card}" if head.card else ""
-    name = HEADLINE[run.task]
+    name, article = HEADLINE[run.task], "An" if run.head[0] in "aeiou" else "A"
     low, high = found[name]
     return (
-        f"A {run.head} head that reads {reads} and gives a sample {kind}.{about} On {len(main):,} "
-        f"labelled samples of {main.split} its {figures.NAMES[name]} is "
+        f"{article} {run.head} head that reads {reads} and gives a sample {kind}.{about} On "
+        f"{len(main):,} labelled samples of {main.split} its {figures.NAMES[name]} is "
         f"{number(main.metrics[name])} (95 % interval {number(low)} to {number(high)})."
     )
 
@@ -241,9 +244,7 @@ def _notes(run: Run, main: Measured) -> list[str]:
             "measured anew, and differs from the figures in the run."
         )
     if main.split in ("train", "all splits"):
-        notes.append(
-            "The run was trained on some or all of these samples: its figures are optimistic."
-        )
+        notes.append("The run was trained on some or all of these samples: they flatter it.")
     return notes
 
 

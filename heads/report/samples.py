@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 Thumbnail = Callable[[int], bytes]
 """Row of the store -> a small JPEG; raises MmcError with a reason where there is none."""
 
+Suspect = tuple[float, int, int, int]
+"""Doubt, which part, place in it, label."""
+
 SHOWN = 12
 """Samples of each kind."""
 TEXT, TAGS = 280, 6
@@ -88,8 +91,8 @@ def answer(run: Run, measured: Measured, place: int) -> str:
     """True and given labels of a sample, with their probabilities."""
     yes, chosen = measured.truth[place] == 1, measured.decisions[place]
     p = measured.probabilities[place]
-    shown = (yes | chosen).nonzero()[:, 0]
-    shown = shown[p[shown].argsort(descending=True, stable=True)].tolist()
+    either = (yes | chosen).nonzero()[:, 0]
+    shown = either[p[either].argsort(descending=True, stable=True)].tolist()
     tags = []
     for label in shown[:TAGS]:
         kind = "ok" if yes[label] and chosen[label] else "missed" if yes[label] else "extra"
@@ -114,8 +117,9 @@ def _tag(kind: str, label: str, p: float) -> str:
 
 def suspects(run: Run, parts: Sequence[Measured], album: Album) -> str:
     """Labels of the data that the run contradicts most, on rows that it was not trained on."""
-    missing, extra = [], []
-    for number_, measured in enumerate(parts):
+    missing: list[Suspect] = []
+    extra: list[Suspect] = []
+    for part, measured in enumerate(parts):
         p, yes = measured.probabilities, measured.truth == 1
         chosen = measured.decisions
         for found, wrong, doubt in (
@@ -125,46 +129,42 @@ def suspects(run: Run, parts: Sequence[Measured], album: Album) -> str:
             places = wrong.nonzero()
             doubts = doubt[wrong]
             top = doubts.argsort(descending=True, stable=True)[: 4 * SHOWN]
-            found += [
-                (float(doubts[k]), number_, int(places[k, 0]), int(places[k, 1]))
-                for k in top.tolist()
-            ]
+            for k in top.tolist():
+                place, label = places[k].tolist()
+                found.append((float(doubts[k]), part, place, label))
     if run.task != "multilabel":
         # One label per sample: what is missing is what is wrong, said once.
         return _suspects_of_classes(run, parts, album, missing)
     kinds = (
-        ("Labels that may be missing", missing, "{} at {:.2f} is not among its labels"),
-        ("Labels that may be wrong", extra, "has {}, which gets {:.2f}"),
+        ("Labels that may be missing", missing, "missing?"),
+        ("Labels that may be wrong", extra, "wrong?"),
     )
     blocks = []
-    for title, found, text in kinds:
+    for title, found, word in kinds:
         cards = []
         for _, part, place, label in sorted(found, key=lambda item: (-item[0], item[1:]))[:SHOWN]:
             measured = parts[part]
-            note = text.format(run.label_set[label], float(measured.probabilities[place, label]))
-            cards.append(_suspect(run, measured, place, album, note))
+            given = float(measured.probabilities[place, label])
+            question = f"{word} {run.label_set[label]} {given:.2f}"
+            cards.append(_suspect(run, measured, place, album, question))
         if cards:
             blocks.append(f'<h3>{title}</h3><ul class="samples">{"".join(cards)}</ul>')
     return _suspect_section(parts, blocks)
 
 
 def _suspects_of_classes(
-    run: Run, parts: Sequence[Measured], album: Album, found: list[tuple[float, int, int, int]]
+    run: Run, parts: Sequence[Measured], album: Album, found: list[Suspect]
 ) -> str:
     cards = []
     for _, part, place, label in sorted(found, key=lambda item: (-item[0], item[1:]))[:SHOWN]:
         measured = parts[part]
-        true = int(measured.truth[place].argmax())
-        p = measured.probabilities[place]
-        note = (
-            f"is {run.label_set[true]} ({float(p[true]):.2f}); the run says "
-            f"{run.label_set[label]} ({float(p[label]):.2f})"
-        )
-        cards.append(_suspect(run, measured, place, album, note))
+        p = float(measured.probabilities[place, label])
+        question = f"rather {run.label_set[label]} {p:.2f}?"
+        cards.append(_suspect(run, measured, place, album, question))
     return _suspect_section(parts, [f'<ul class="samples">{"".join(cards)}</ul>'] if cards else [])
 
 
-def _suspect(run: Run, measured: Measured, place: int, album: Album, note: str) -> str:
+def _suspect(run: Run, measured: Measured, place: int, album: Album, question: str) -> str:
     yes = (measured.truth[place] == 1).nonzero()[:, 0].tolist()
     likely = measured.probabilities[place].topk(min(3, len(run.label_set)))
     nearest = ", ".join(
@@ -174,10 +174,11 @@ def _suspect(run: Run, measured: Measured, place: int, album: Album, note: str) 
     given = ", ".join(run.label_set[label] for label in yes[:TAGS]) or "none"
     more = f" and {len(yes) - TAGS} more" if len(yes) > TAGS else ""
     tags = (
+        f'<p class="extra">{esc(question)}</p>'
         f'<p><span class="soft">labels:</span> {esc(given + more)}</p>'
         f'<p><span class="soft">nearest:</span> {esc(nearest)}</p>'
     )
-    return album.card(int(measured.rows[place]), tags, f"{measured.split}: {note}")
+    return album.card(int(measured.rows[place]), tags, measured.split)
 
 
 def _suspect_section(parts: Sequence[Measured], blocks: list[str]) -> str:

@@ -34,7 +34,7 @@ addEventListener("hashchange", unfold);
 unfold();
 let closed = [];
 addEventListener("beforeprint", () => {
-  closed = [...document.querySelectorAll("details:not([open])")];
+  closed = [...document.querySelectorAll("details:not([open]):not(.screen)")];
   closed.forEach((box) => { box.open = true; });
 });
 addEventListener("afterprint", () => closed.forEach((box) => { box.open = false; }));

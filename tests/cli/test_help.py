@@ -42,6 +42,7 @@ def test_the_commands():
         "neighbors",
         "predict",
         "prepare",
+        "report",
         "run",
         "train-head",
         "tune",

@@ -1,0 +1,380 @@
+"""The page of a run: figures against scikit-learn, markup that holds, hostile names, a browser."""
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Callable
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn import metrics as reference
+
+from mmc.heads.bootstrap import drawn, resampled
+from mmc.heads.report import samples
+from mmc.heads.report.charts import _ticks
+from mmc.heads.report.figures import precision_recall
+from mmc.heads.report.measured import Measured, counted, intervals, measure, reliability
+from mmc.heads.report.mixups import mix_ups
+from mmc.heads.report.origin import changed, commands
+from mmc.heads.report.page import trained_store, write_report
+from mmc.store.errors import InputError, MmcError
+
+EVIL = '<script>alert("x")</script>'
+VOID = {"meta", "link", "br", "img", "path", "polyline", "circle"}
+
+
+def answers(task: str, *, n: int = 60, c: int = 4, seed: int = 0) -> Measured:
+    """Random logits and truth; decisions at 0.5, or the largest."""
+    draw = torch.Generator().manual_seed(seed)
+    logits = torch.randn(n, c, generator=draw)
+    if task == "multilabel":
+        truth = (torch.rand(n, c, generator=draw) < 0.4).to(torch.int8)
+        p = logits.sigmoid()
+        decisions = p >= 0.5
+    else:
+        truth = torch.eye(c, dtype=torch.int8)[torch.randint(c, (n,), generator=draw)]
+        p = logits.softmax(1)
+        decisions = torch.zeros(n, c, dtype=torch.bool).scatter_(1, p.argmax(1)[:, None], True)
+    return Measured(
+        split="test",
+        rows=np.arange(n),
+        logits=logits,
+        probabilities=p,
+        decisions=decisions,
+        truth=truth,
+        metrics={},
+    )
+
+
+def picture(row: int) -> bytes:
+    file = BytesIO()
+    Image.new("RGB", (12, 8), (row % 255, 90, 30)).save(file, "JPEG")
+    return file.getvalue()
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and gathers what other checks ask for."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, Any]]] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, Any]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        assert len(dict(attrs)) == len(attrs), (tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, Any]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def of(self, tag: str) -> list[dict[str, Any]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.mark.parametrize("task", ["multilabel", "binary", "multiclass"])
+def test_resampled_figures_are_those_of_scikit_learn(task: str):
+    measured = answers(task, c=2 if task == "binary" else 4)
+    counts = np.concatenate(list(drawn(60, 5, 3)))
+    found = counted(measured, task, counts)
+    chosen, truth = measured.decisions.numpy(), measured.truth.numpy()
+    if task != "multilabel":
+        chosen, truth = chosen.argmax(1), truth.argmax(1)
+
+    def f1(average: str, **more: Any) -> list[float]:
+        return [
+            reference.f1_score(
+                truth, chosen, average=average, sample_weight=w, zero_division=0, **more
+            )
+            for w in counts
+        ]
+
+    expected = {"macro_f1": f1("macro")}
+    if task == "multilabel":
+        expected |= {"micro_f1": f1("micro"), "samples_f1": f1("samples")}
+    same = [reference.accuracy_score(truth, chosen, sample_weight=w) for w in counts]
+    expected["subset_accuracy" if task == "multilabel" else "accuracy"] = same
+    if task != "multilabel":
+        expected["balanced_accuracy"] = [
+            reference.balanced_accuracy_score(truth, chosen, sample_weight=w) for w in counts
+        ]
+    if task == "binary":
+        expected["f1"] = f1("binary")
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, atol=1e-12, err_msg=name)
+
+
+def test_resampled_average_precision_is_that_of_scikit_learn():
+    measured = answers("binary", c=2)
+    truth = measured.truth[:, 1]
+    values = resampled(measured.logits, truth, "binary", metric="ap", seed=1, resamples=4)
+    margin = (measured.logits[:, 1].double() - measured.logits[:, 0].double()).numpy()
+    for value, weights in zip(values, np.concatenate(list(drawn(60, 4, 1))), strict=True):
+        expected = reference.average_precision_score(truth, margin, sample_weight=weights)
+        assert value == pytest.approx(expected)
+
+
+def test_intervals_hold_the_figures_and_repeat():
+    measured = answers("multilabel", n=200)
+    found = intervals(measured, "multilabel", seed=4)
+    assert found == intervals(measured, "multilabel", seed=4)
+    assert found != intervals(measured, "multilabel", seed=5)
+    value = reference.average_precision_score(measured.truth.numpy(), measured.logits.numpy())
+    low, high = found["mAP"]
+    assert low < value < high
+    assert 0.02 < high - low < 0.2
+
+
+def test_curves_are_those_of_scikit_learn():
+    draw = np.random.default_rng(0)
+    scores, truth = draw.integers(0, 30, 200).astype(float), draw.random(200) < 0.3
+    precision, recall, _ = reference.precision_recall_curve(truth, scores)
+    expected = [(r, p) for p, r in zip(precision[:-1], recall[:-1], strict=True)][::-1]
+    np.testing.assert_allclose(precision_recall(scores, truth, 1000), expected)
+    few = precision_recall(scores, truth, 8)
+    assert len(few) <= 10
+    assert set(few) <= set(precision_recall(scores, truth, 1000))
+    assert few[-1][0] == 1
+
+
+@pytest.mark.parametrize("task", ["multilabel", "binary", "multiclass"])
+def test_bins_of_probabilities(task: str):
+    measured = answers(task, c=2 if task == "binary" else 4, n=300)
+    p, yes = measured.probabilities.numpy(), measured.truth.numpy() == 1
+    if task == "binary":
+        p, yes = p[:, 1], yes[:, 1]
+    elif task == "multiclass":
+        p, yes = p.max(1), yes[np.arange(300), p.argmax(1)]
+    expected = [
+        (inside.sum(), p[inside].mean(), yes[inside].mean())
+        for k in range(15)
+        for inside in [(p >= k / 15) & (p < (k + 1) / 15)]
+        if inside.any()
+    ]
+    np.testing.assert_allclose(reliability(measured, task, 1.0), expected, rtol=1e-5)
+
+
+def test_mix_ups_count_samples_that_lack_the_label():
+    truth = torch.tensor([[1, 0], [1, 0], [1, 1], [0, 1]], dtype=torch.int8)
+    chosen = torch.tensor([[1, 1], [0, 0], [1, 1], [0, 0]], dtype=torch.bool)
+    base = answers("multilabel", n=4, c=2)
+    shares, wrong = mix_ups(
+        Measured(**{**vars(base), "truth": truth, "decisions": chosen})  # type: ignore[arg-type]
+    )
+    # Two have the first and lack the second: one was given it. Of three with the first, two found.
+    np.testing.assert_allclose(shares, [[2 / 3, 1 / 2], [0, 1 / 2]])
+    np.testing.assert_allclose(wrong, [[0, 1], [0, 0]])
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.93, 0.951), (0.5, 48.5), (-3, 1e6)])
+def test_ticks_are_round_and_inside(low: float, high: float):
+    ticks = _ticks(low, high)
+    assert 2 <= len(ticks) <= 6
+    assert low <= ticks[0] < ticks[-1] <= high
+    assert all(len(f"{tick:g}") <= 7 for tick in ticks)
+
+
+@pytest.mark.parametrize("task", ["multilabel", "binary", "multiclass"])
+def test_a_page_is_whole_and_needs_nothing(task: str, make_store, make_run, tmp_path: Path):
+    store = make_store(task, n=120)
+    run = make_run(store, temperature=0.8).save(tmp_path / "my.run")
+    done = write_report(run, store, tmp_path / "r.html", thumbnail=picture, device="cpu")
+    text = done.path.read_text(encoding="utf-8")
+    page = Page(text)
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert Counter(ids).most_common(1)[0][1] == 1
+    links = [a["href"] for a in page.of("a")]
+    assert {link[1:] for link in links} <= set(ids)
+    assert {"#quality", "#labels", "#confusions", "#calibration", "#samples"} <= set(links)
+    assert all(image["alt"] for image in page.of("img"))
+    assert all(image["src"].startswith("data:image/jpeg;base64,") for image in page.of("img"))
+    assert all(head["scope"] in ("col", "row") for head in page.of("th"))
+    assert all(a.get("aria-label") or a.get("aria-hidden") for a in page.of("svg"))
+    assert len(page.of("h1")) == len(page.of("title")) == len(page.of("main")) == 1
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", text)
+    assert done.samples == 27  # of 30 two failed and one has no labels
+    assert done.interval[0] <= done.value <= done.interval[1]
+    assert f"{done.value:.3f}" in text
+
+
+def test_names_and_texts_stay_text(make_store, make_run, tmp_path: Path):
+    names = (EVIL, "a&b", '" onload="x', "ok", "\x00null")
+    store = make_store(label_set=names, source={"spec": f"{EVIL}.csv"})
+    run = make_run(store, recipe_text=EVIL)
+    write_report(run, store, tmp_path / "r.html", thumbnail=picture, device="cpu")
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert len(page.of("script")) == 1
+    assert "&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt;" in text
+    assert "\x00" not in text
+    assert not [attributes for _, attributes in page.tags if "onload" in attributes]
+
+
+def test_a_picture_that_is_gone_is_said(make_store, make_run, tmp_path: Path):
+    def gone(row: int) -> bytes:
+        raise MmcError("no such file")
+
+    store = make_store()
+    write_report(make_run(store), store, tmp_path / "r.html", thumbnail=gone, device="cpu")
+    assert "no picture: no such file" in (tmp_path / "r.html").read_text()
+
+
+def test_thousands_of_labels_make_a_page_of_bounded_size(make_store, make_run, tmp_path: Path):
+    names = tuple(f"label number {i}" for i in range(1200))
+    store = make_store(label_set=names[:5], n=400)
+    measured = answers("multilabel", n=400, c=1200)
+    run = make_run(store)
+    run.label_set = names
+    from mmc.heads import metrics
+    from mmc.heads.report import figures, mixups
+
+    found = metrics.evaluate(measured.logits, measured.truth, "multilabel", label_set=names)
+    measured.metrics.update(found)
+    parts = [figures.labels(run, measured), mixups.confusions(run, measured)]
+    parts.append(mixups.near_labels(run, store, measured))
+    assert "200 labels between the best and the last are left out" in parts[0]
+    assert sum(map(len, parts)) < 1_000_000
+
+
+def test_flipped_labels_are_suspected(make_store, make_run):
+    store = make_store(n=400, failed=())
+    run = make_run(store)
+    measured = measure(run, store, store.rows(split="test", labelled=True), "test", "cpu")
+    truth = measured.truth.clone()
+    flipped = [(3, 0), (10, 1), (20, 2), (33, 3)]
+    for row, label in flipped:
+        truth[row, label] = 1 - truth[row, label]
+    changed_ = Measured(**{**vars(measured), "truth": truth})
+    text = samples.suspects(run, [changed_], samples.album(store, None))
+    cards = re.findall(r'<b>(s\d+)</b>.*?class="extra">(missing|wrong)\? ', text)
+    ids = store.column("id").to_pylist()
+    expected = {
+        (ids[measured.rows[row]], "wrong" if truth[row, label] else "missing")
+        for row, label in flipped
+    }
+    assert expected <= set(cards)
+    kinds = [next(i for i, card in enumerate(cards) if card == e) for e in expected]
+    assert len(kinds) == len(flipped)
+
+
+def test_commands_say_what_differs_from_the_defaults(make_store, make_run, tmp_path: Path):
+    store = make_store(source={"options": {"label_column": "my tags"}})
+    run = make_run(
+        store,
+        history=[{"stage": "train", "epoch": 1}],
+        train_config={
+            "batch_size": 64,
+            "epochs": None,
+            "lr": 0.01,
+            "settings": {"optim": {"patience": 3, "ema": 0.0}},
+        },
+    )
+    assert changed(run) == {"head.normalize": "none", "optim.patience": "3"}
+    lines = commands(run, "my.store", "test").splitlines()
+    assert lines[0] == (
+        "mmc extract store.csv my.store --backbone open_clip:tiny --name clip --fields image "
+        "--label-column 'my tags'"
+    )
+    assert lines[1] == (
+        "mmc train-head my.store RUN --head linear --features image=clip/image --loss bce "
+        "--batch-size 64 --lr 0.01 --seed 0 --set head.normalize=none --set optim.patience=3"
+    )
+
+
+def test_what_cannot_be_reported_is_said(make_store, make_run, tmp_path: Path):
+    store = make_store()
+    run = make_run(store)
+    with pytest.raises(InputError, match="does not record its store; name it with --store"):
+        trained_store(run, "my.run")
+    run.training = {"store": str(tmp_path / "moved")}
+    with pytest.raises(InputError, match="moved, which is not there any more"):
+        trained_store(run, "my.run")
+    with pytest.raises(InputError, match="no samples in split 'tset'"):
+        write_report(run, store, tmp_path / "r.html", split="tset", device="cpu")
+    with pytest.raises(InputError, match="is a folder"):
+        write_report(run, store, tmp_path, device="cpu")
+    other = make_store("multiclass", name="other")
+    with pytest.raises(InputError, match="is multiclass and the run multilabel"):
+        write_report(run, other, tmp_path / "r.html", device="cpu")
+    assert not (tmp_path / "r.html").exists()
+
+
+def browse(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("no chromium")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    command += [f"--user-data-dir={page.parent / 'profile'}", "--enable-logging=stderr"]
+    return subprocess.run(
+        [*command, *options, page.as_uri()], capture_output=True, text=True, check=True, timeout=120
+    )
+
+
+def test_a_browser_shows_the_page_and_sorts(make_store, make_run, tmp_path: Path):
+    store = make_store(n=120)
+    write_report(make_run(store), store, tmp_path / "r.html", thumbnail=picture, device="cpu")
+    shown = browse(tmp_path / "r.html", "--screenshot=" + str(tmp_path / "shot.png"))
+    assert "CONSOLE" not in shown.stderr, shown.stderr
+    colours = Image.open(tmp_path / "shot.png").convert("RGB").getcolors(1 << 20)
+    assert colours is not None
+    assert len(colours) > 20
+    # The page lets no other script run, so the click is in a copy without that rule.
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    policy = re.search(r'<meta http-equiv="Content-Security-Policy".*?>', text)
+    assert policy is not None
+    click = """<script>
+      const buttons = document.querySelectorAll("#labels th button");
+      buttons[1].click(); buttons[1].click();
+      location.hash = document.querySelector("#labels tbody a").hash;
+    </script>"""
+    copy = tmp_path / "copy.html"
+    copy.write_text(text.replace(policy[0], "") + click, encoding="utf-8")
+    done = browse(copy, "--virtual-time-budget=2000", "--dump-dom")
+    assert "CONSOLE" not in done.stderr, done.stderr
+    table = done.stdout.split('id="labels"')[1].split("</table>")[0]
+    heads = re.findall(r'aria-sort="(\w+)"', table)
+    assert heads[:3] == ["none", "ascending", "none"]
+    body = table.split("<tbody>")[1]
+    supports = [int(row.split('data-v="')[1].split('"')[0]) for row in body.split("<tr>")[1:]]
+    assert supports == sorted(supports)
+    assert re.search(r"<details[^>]* open", done.stdout.split('id="labels"')[1])
+    # The rule itself stops a script that data smuggled in.
+    copy.write_text(text.replace("</main>", "<script>console.log('ran')</script></main>"))
+    stopped = browse(copy, "--dump-dom")
+    assert "Content Security Policy" in stopped.stderr
+    assert '"ran"' not in stopped.stderr
+
+
+def test_weights_of_fields_are_shown_for_the_heads_that_have_them(
+    make_store: Callable, tmp_path: Path
+):
+    from mmc.heads.options import TrainConfig
+    from mmc.heads.trainer import train
+
+    store = make_store(n=120)
+    for head in ("router", "ensemble"):
+        config = TrainConfig(head=head, epochs=2, device="cpu", precision="float32")
+        run = train(store, tmp_path / head, config).run
+        assert trained_store(run, head) == str(Path(store.path).absolute())
+        write_report(run, store, tmp_path / "r.html", device="cpu")
+        text = (tmp_path / "r.html").read_text()
+        part = text.split('id="fields"')[1].split("</section>")[0]
+        assert "clip/image" in part
+        shares = [float(v) for v in re.findall(r'data-v="([\d.]+)"', part)]
+        np.testing.assert_allclose(np.reshape(shares, (-1, 2)).sum(1), 1, atol=1e-4)
+        assert 'class="chart"' in text.split('id="learning"')[1]
