@@ -833,21 +833,63 @@ def compare_command(
 
 @app.command("export")
 def export_command(
-    run: RunPath,
-    to: Annotated[Literal["onnx"], typer.Option("--to", help="onnx: a run's head.")],
+    path: Annotated[
+        str, typer.Argument(metavar="RUN|STORE", help="onnx: a run; parquet, npy: a store.")
+    ],
+    to: Annotated[
+        Literal["onnx", "parquet", "npy"],
+        typer.Option("--to", help="onnx: a run's head; parquet, npy: a store's samples."),
+    ],
     out: Annotated[
         Path | None,
-        typer.Option(help="What to write; default: beside the run, my.run gives my.onnx."),
+        typer.Option(
+            help="What to write; default: beside it, my.run gives my.onnx, my.store my.parquet."
+        ),
     ] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Of a store: add the predictions of this run.")
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(help="Of a store: aliases or alias/field,...; default: all pooled fields."),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Of a store: samples of this split only.")
+    ] = None,
+    projection: Annotated[
+        Literal["pca", "tsne", "none"],
+        typer.Option(help="Of a store: two coordinates to draw by, of the first feature."),
+    ] = "pca",
+    thumbnails: Annotated[
+        bool, typer.Option("--thumbnails", help="Of a store: add small pictures.")
+    ] = False,
+    device: Device = "auto",
     json_output: Json = False,
 ) -> None:
-    """Write a run's head in a form that needs no mmc, checked against the original.
+    """Write a run's head, or a store's samples, in a form that needs no mmc.
 
     \b
     Example:
       mmc export my.run --to onnx --out my.onnx
+      mmc export my.store --to parquet --run my.run --thumbnails
     """
-    report = EXPORTS[to](run, out)
+    if to == "onnx":
+        given = {"run": run, "features": features, "split": split, "thumbnails": thumbnails}
+        for name in (name for name, value in given.items() if value):
+            raise InputError(f"--{name} is for --to parquet and npy, not for onnx")
+        report = _export_onnx(Path(path), out)
+    else:
+        report = _export_samples(
+            path,
+            out,
+            to,
+            run,
+            split=split,
+            features=tuple(filter(None, (features or "").split(","))),
+            projection=projection,
+            thumbnails=thumbnails,
+            device=device,
+        )
     if json_output:
         _print_json(asdict(report))
     else:
@@ -861,8 +903,26 @@ def _export_onnx(run: Path, out: Path | None) -> Any:
     return export_onnx(Run.load(run), out or default_path(run))
 
 
-EXPORTS: dict[str, Callable[[Path, Path | None], Any]] = {"onnx": _export_onnx}
-"""What ``--to`` can be -> the function that writes it and says how it went."""
+def _export_samples(
+    store: str, out: Path | None, to: Literal["parquet", "npy"], run: Path | None, **settings: Any
+) -> Any:
+    from mmc.extract.progress import Progress
+    from mmc.extract.thumbnails import Thumbnails
+    from mmc.heads.artifact import Run
+    from mmc.heads.handover import default_out, export_samples
+    from mmc.store import EmbeddingStore
+
+    opened = EmbeddingStore.open(store)
+    with Progress() as progress:
+        return export_samples(
+            opened,
+            out or default_out(store, to),
+            to,
+            run=Run.load(run) if run is not None else None,
+            pictures=Thumbnails(opened),
+            progress=progress,
+            **settings,
+        )
 
 
 @app.command("info")

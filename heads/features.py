@@ -42,7 +42,7 @@ def resolve(
     elif head.wants_label_text:
         chosen = [(None, _with_label_text(store, name))]
     else:
-        chosen = [(None, feature) for feature in store.features if _by_default(store, feature)]
+        chosen = [(None, feature) for feature in store.features if by_default(store, feature)]
         if not chosen:
             raise InputError(
                 f"{store.path} has no pooled field, which {name} needs "
@@ -59,7 +59,7 @@ def is_pooled(store: "EmbeddingStore", feature: str) -> bool:
     return len(stored.shape) == 2 and stored.dtype.kind == "f"
 
 
-def _by_default(store: "EmbeddingStore", feature: str) -> bool:
+def by_default(store: "EmbeddingStore", feature: str) -> bool:
     """Whether a head gets this feature without asking for it by name."""
     return is_pooled(store, feature) and feature.split("/", 1)[1] not in NOT_BY_DEFAULT
 
@@ -81,7 +81,7 @@ def _typed(
                 f"--features {item}: the store has no such alias; it has: "
                 f"{', '.join(store.aliases)} (features: {', '.join(store.features)})"
             )
-        fields = [f for f in store.features if f.startswith(f"{target}/") and _by_default(store, f)]
+        fields = [f for f in store.features if f.startswith(f"{target}/") and by_default(store, f)]
         if head.wants_label_text:
             shared = [f"{target}/{name}" for name in SHARED_SPACE]
             fields = [f for f in shared if f in fields][:1] or fields

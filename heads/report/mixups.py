@@ -141,10 +141,11 @@ def near_labels(run: Run, store: "EmbeddingStore", measured: Measured) -> str:
             cells.append(text_cell(", ".join(nearest) or "–"))
         body.append(cells)
     left = len(names) - len(shown)
+    header = ("label", *(way[0] for way in ways))
     return section(
         "near",
         "Labels that are near each other",
-        table("The three nearest of each label", ("label", *(way[0] for way in ways)), body),
+        table("The three nearest of each label", header, body, css="words"),
         paragraph(f"The {len(shown)} most frequent labels.", "soft") if left else "",
     )
 

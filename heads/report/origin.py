@@ -45,7 +45,9 @@ def reproduce(run: Run, store: "EmbeddingStore", split: str) -> str:
         "How to make it again",
         _code(commands(run, store.path, split)),
         table("The run", ("", ""), [(row_head(esc(k)), text_cell(v)) for k, v in facts]),
-        table("Features that it reads", ("feature", "backbone", "fingerprint"), features),
+        table(
+            "Features that it reads", ("feature", "backbone", "fingerprint"), features, css="words"
+        ),
         folded("All settings", _code(settings), printed=False),
         folded("The recipe", _code(run.recipe_text)) if run.recipe_text else "",
         paragraph("The same versions, device and seed give the same weights.", "soft"),

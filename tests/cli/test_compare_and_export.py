@@ -82,3 +82,26 @@ def test_export_refuses_what_it_cannot_do(mmc: Callable, runs: Path, trained, tm
     assert "is not a run" in no_run.error
     assert mmc("export", runs / "text", "--to", "onnx", "--out", tmp_path).code == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_export_of_a_store(mmc: Callable, runs: Path, trained, tmp_path: Path):
+    import pyarrow.parquet as pq
+
+    store = tmp_path / "my.store"
+    shutil.copytree(trained[0], store)
+    result = mmc("export", store, "--to", "parquet", "--run", runs / "both", "--thumbnails")
+    assert result.code == 0, result.err
+    assert "my.parquet: 100 samples" in result.out
+    table = pq.read_table(tmp_path / "my.parquet")
+    assert table["comment"].to_pylist() == ["kept"] * 100
+    assert Path(table["image"].to_pylist()[0]).is_file()
+    assert table["thumbnail"].to_pylist()[0]["bytes"].startswith(b"\xff\xd8")
+    arrays = mmc("export", store, "--to", "npy", "--features", "clip/text", "--json").json()
+    assert arrays["features"] == {"clip/text": "clip_text.npy"}
+    assert (tmp_path / "my-arrays" / "clip_text.npy").is_file()
+
+
+def test_options_of_a_store_do_not_go_with_onnx(mmc: Callable, runs: Path):
+    result = mmc("export", runs / "text", "--to", "onnx", "--split", "test")
+    assert result.code == 2
+    assert "--split is for --to parquet and npy" in result.error
