@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from mmc.heads.artifact import Run
 from mmc.heads.card import summary_rows
+from mmc.heads.leakage import described
 from mmc.heads.metrics import HEADLINE
 from mmc.heads.report.charts import Point, unit_chart
 from mmc.heads.report.markup import cell, esc, folded, number, paragraph, row_head, section, table
@@ -79,16 +80,10 @@ def quality(run: Run, measured: Measured, found: dict[str, tuple[float, float]])
     name, floor, how = CHANCE[run.task]
     chance = measured.metrics[floor]
     notes = [paragraph(f"For comparison: {how} gets {NAMES[name]} {number(chance)}.", "soft")]
-    seen = run.metrics.get(measured.split, {}).get("also_in_train", {})
-    if any(seen.values()):
-        parts = ", ".join(f"{count:,} the {what}" for what, count in seen.items() if count)
-        notes.append(
-            paragraph(
-                f"Of these samples {parts} of a training sample: on new samples the run may do "
-                "worse than the figures say.",
-                "note",
-            )
-        )
+    seen = described(run.metrics.get(measured.split, {}).get("also_in_train", {}))
+    if seen:
+        text = f"Of these samples {seen}: on new ones the run may do worse than the figures say."
+        notes.append(paragraph(text, "note"))
     rows = [
         (row_head(esc(title)), *(f'<td class="num">{esc(v)}</td>' for v in values))
         for title, *values in summary_rows(run.task, {measured.split: measured.metrics})

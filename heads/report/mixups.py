@@ -25,7 +25,7 @@ def confusions(run: Run, measured: Measured) -> str:
     """What is taken for what; for several labels per sample also what occurs together."""
     if run.task == "multilabel":
         return _mix_ups(run.label_set, measured)
-    counts = (measured.truth == 1).double().T @ measured.decisions.double()
+    counts = (measured.truth == 1).float().T @ measured.decisions.float()
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     kept = _most_involved(counts - counts.diag().diag())
     title = "Rows: the true class; columns: the class that was given; samples"
@@ -40,7 +40,7 @@ def confusions(run: Run, measured: Measured) -> str:
 def _mix_ups(names: tuple[str, ...], measured: Measured) -> str:
     shares, wrong = mix_ups(measured)
     kept = _most_involved(wrong)
-    yes = (measured.truth == 1).double()
+    yes = (measured.truth == 1).float()
     together = yes.T @ yes / yes.sum(0).clamp(min=1)[:, None]
     return section(
         "confusions",
@@ -72,7 +72,7 @@ def mix_ups(measured: Measured) -> tuple[Tensor, Tensor]:
 
     On the diagonal the share of rows with i that was given i, and 0.
     """
-    yes, chosen = (measured.truth == 1).double(), measured.decisions.double()
+    yes, chosen = (measured.truth == 1).float(), measured.decisions.float()
     without = 1 - yes
     wrong = yes.T @ (chosen * without)
     shares = wrong / (yes.T @ without).clamp(min=1)
@@ -118,7 +118,7 @@ def near_labels(run: Run, store: "EmbeddingStore", measured: Measured) -> str:
     names = run.label_set
     if len(names) < 3:
         return ""
-    yes, chosen = (measured.truth == 1).double(), measured.decisions.double()
+    yes, chosen = (measured.truth == 1).float(), measured.decisions.float()
     ways: list[tuple[str, int, Tensor]] = []
     texts = _label_texts(run, store)
     if texts is not None:

@@ -1,13 +1,16 @@
 """The parts of a page that show samples: best and worst answers, and labels that may be wrong."""
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import pyarrow as pa
 
 from mmc.heads.artifact import Run
 from mmc.heads.report.markup import esc, folded, number, paragraph, section
 from mmc.heads.report.measured import Measured, losses
+from mmc.store.errors import MmcError
 
 if TYPE_CHECKING:
     from mmc.store import EmbeddingStore
@@ -28,15 +31,14 @@ TEXT, TAGS = 280, 6
 class Album:
     """What is known of samples besides numbers."""
 
-    store: "EmbeddingStore"
+    columns: Mapping[str, pa.ChunkedArray]
+    """id, text and image of all rows of the store."""
     picture: Callable[[int], bytes | str] | None
     """Row -> a small JPEG, or why there is none; None: no pictures wanted."""
 
     def card(self, row: int, tags: str, note: str) -> str:
         """A sample as an item of a list; ``tags`` is markup."""
-        sample = {
-            name: self.store.column(name)[row].as_py() for name in ("id", "text", "image", "split")
-        }
+        sample = {name: column[row].as_py() for name, column in self.columns.items()}
         picture, kind = "", ' class="textonly"'
         if self.picture is not None and sample["image"] is not None:
             found, kind = self.picture(row), ""
@@ -198,8 +200,6 @@ def _suspect_section(parts: Sequence[Measured], blocks: list[str]) -> str:
 
 def album(store: "EmbeddingStore", thumbnail: Thumbnail | None) -> Album:
     """An album that reads each picture once."""
-    from mmc.store.errors import MmcError
-
     known: dict[int, bytes | str] = {}
 
     def picture(row: int) -> bytes | str:
@@ -211,4 +211,5 @@ def album(store: "EmbeddingStore", thumbnail: Thumbnail | None) -> Album:
                 known[row] = str(error)
         return known[row]
 
-    return Album(store, None if thumbnail is None else picture)
+    columns = {name: store.column(name) for name in ("id", "text", "image")}
+    return Album(columns, None if thumbnail is None else picture)

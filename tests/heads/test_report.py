@@ -314,6 +314,28 @@ def test_what_cannot_be_reported_is_said(make_store, make_run, tmp_path: Path):
     assert not (tmp_path / "r.html").exists()
 
 
+def test_changed_samples_and_optimistic_figures_are_told(make_store, make_run, tmp_path: Path):
+    store = make_store()
+    rows = store.rows(split="test", labelled=True)
+    digest = measure(make_run(store), store, rows[store["clip/image"].done[rows]], "test", "cpu")
+    recorded = {"rows_digest": digest.metrics["rows_digest"], "also_in_train": {"text": 4}}
+    run = make_run(store, metrics={"test": recorded})
+
+    def notes(**options: Any) -> list[str]:
+        write_report(run, store, tmp_path / "r.html", device="cpu", **options)
+        text = (tmp_path / "r.html").read_text()
+        return re.findall(r'class="note">(.*?)</p>', text)
+
+    assert notes() == [
+        "Of these samples 4 have the text of a training sample: on new ones the run may do worse "
+        "than the figures say."
+    ]
+    recorded["rows_digest"] = "of other labels"
+    assert "have changed since the training" in notes()[0]
+    assert "flatter" in notes(split="train")[0]
+    assert "the figures are optimistic" in notes(split="val")[0]
+
+
 def browse(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
     browser = shutil.which("chromium")
     if browser is None:
