@@ -28,11 +28,11 @@ def confusions(run: Run, measured: Measured) -> str:
     counts = (measured.truth == 1).float().T @ measured.decisions.float()
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     kept = _most_involved(counts - counts.diag().diag())
-    title = "Rows: the true class; columns: the class that was given; samples"
     return section(
         "confusions",
         "What is taken for what",
-        _heat(title, "true ↓ given →", run.label_set, kept, counts, shares),
+        paragraph("Rows: the true class. Columns: the class that was given.", "soft"),
+        _heat("Samples", "true ↓ given →", run.label_set, kept, counts, shares),
         _left_out(run.label_set, kept),
     )
 

@@ -185,13 +185,14 @@ def _suspect(run: Run, measured: Measured, place: int, album: Album, question: s
 
 def _suspect_section(parts: Sequence[Measured], blocks: list[str]) -> str:
     where = " and ".join(measured.split for measured in parts)
+    unseen = all(measured.split in ("test", "val") for measured in parts)
+    whose = f"the run, which was not trained on {where}," if unseen else f"the run, on {where},"
     return section(
         "suspects",
         "Labels to look at again",
         paragraph(
-            f"Where the run, which was not trained on {where}, is surest that the data say "
-            "something else: a mistake of the run or of the labels. Nearest: its most probable "
-            "labels.",
+            f"Where {whose} is surest that the data say something else: a mistake of the run or "
+            "of the labels. Nearest: its most probable labels.",
             "soft",
         ),
         *(blocks or [paragraph("The run contradicts no label here.")]),
