@@ -7,6 +7,7 @@ from typing import Any
 from mmc.heads.artifact import Run
 from mmc.heads.engine import Position
 from mmc.heads.training import Setup
+from mmc.store import EmbeddingStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +68,12 @@ def effort(setup: Setup, position: Position, seconds: float) -> dict[str, Any]:
         "batch_size": setup.batch_size,
         "lr": setup.lr,
         "device": str(setup.device),
-        "store": _absolute(setup.store.path),
+        **_place(setup.store),
     }
 
 
-def _absolute(place: str) -> str:
-    """A store's path that means the same from every folder; a URL stays."""
-    return place if "://" in place else str(Path(place).absolute())
+def _place(store: EmbeddingStore) -> dict[str, str]:
+    """Where the store is, said so that it means the same from every folder; arrays are nowhere."""
+    if not isinstance(store, EmbeddingStore):
+        return {}
+    return {"store": store.path if "://" in store.path else str(Path(store.path).absolute())}
