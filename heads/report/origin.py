@@ -75,6 +75,8 @@ def _extract(entry: Mapping[str, Any], source: Mapping[str, Any], store: str) ->
 
 
 def _train(run: Run, store: str, path: str) -> str:
+    if "options" in run.search:  # of a plain training of the head that a search has kept
+        return _line("mmc", "train-head", store, path, *map(str, run.search["options"]))
     features = ",".join(f"{role}={ref.feature}" for role, ref in run.features.items())
     parts = ["mmc", "train-head", store, path, "--head", run.head, "--features", features]
     config = run.train_config

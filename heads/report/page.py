@@ -17,7 +17,7 @@ from mmc.heads.models import GROUP, HEADS
 from mmc.heads.predict import select_rows
 from mmc.heads.report import figures, fitting, mixups, origin, samples
 from mmc.heads.report.markup import esc, number, paragraph
-from mmc.heads.report.measured import Measured, intervals, measure
+from mmc.heads.report.measured import Measured, intervals, measure, out_of_fold
 from mmc.heads.report.samples import Thumbnail
 from mmc.heads.runfiles import write_atomic
 from mmc.store.errors import InputError
@@ -93,7 +93,11 @@ def write_report(
     main = parts[0]
     report(f"drawing samples anew for the intervals ({len(main):,} samples)")
     found = intervals(main, run.task, seed=seed)
-    text = render(run, store, parts, found, thumbnail=thumbnail, device=device)
+    doubted = parts
+    if split is None and "folds" in run.search:
+        unseen = out_of_fold(run, store)  # which has the val samples too
+        doubted = [*(part for part in parts if part.split == "test"), unseen]
+    text = render(run, store, main, doubted, found, thumbnail=thumbnail, device=device)
     data = text.encode("utf-8", "backslashreplace")
     path = Path(out)
     if path.is_dir():
@@ -144,14 +148,15 @@ def _measured(
 def render(
     run: Run,
     store: "EmbeddingStore",
-    parts: list[Measured],
+    main: Measured,
+    doubted: list[Measured],
     found: dict[str, tuple[float, float]],
     *,
     thumbnail: Thumbnail | None,
     device: str,
 ) -> str:
-    """The page as text."""
-    main, name = parts[0], run.path.resolve().name if run.path else "run"
+    """The page as text: on ``main``, with labels to look at again from ``doubted``."""
+    name = run.path.resolve().name if run.path else "run"
     shown = samples.album(store, thumbnail)
     body = [
         figures.quality(run, main, found),
@@ -160,7 +165,7 @@ def render(
         fitting.calibration(run, main),
         fitting.fields(run, store, main, device),
         samples.best_and_worst(run, main, shown),
-        samples.suspects(run, parts, shown),
+        samples.suspects(run, doubted, shown),
         mixups.near_labels(run, store, main),
         fitting.learning(run),
         origin.reproduce(run, store, main.split),

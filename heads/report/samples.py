@@ -186,7 +186,7 @@ def _suspect(run: Run, measured: Measured, place: int, album: Album, question: s
 def _suspect_section(parts: Sequence[Measured], blocks: list[str]) -> str:
     where = " and ".join(measured.split for measured in parts)
     unseen = all(measured.split in ("test", "val") for measured in parts)
-    whose = f"the run, which was not trained on {where}," if unseen else f"the run, on {where},"
+    whose = f"the run, which was not trained on {where}," if unseen else f"the run (on {where})"
     return section(
         "suspects",
         "Labels to look at again",

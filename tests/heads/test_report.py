@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -20,7 +21,14 @@ from mmc.heads.bootstrap import drawn, resampled
 from mmc.heads.report import samples
 from mmc.heads.report.charts import _ticks
 from mmc.heads.report.figures import precision_recall
-from mmc.heads.report.measured import Measured, counted, intervals, measure, reliability
+from mmc.heads.report.measured import (
+    Measured,
+    counted,
+    intervals,
+    measure,
+    out_of_fold,
+    reliability,
+)
 from mmc.heads.report.mixups import mix_ups
 from mmc.heads.report.origin import changed, commands
 from mmc.heads.report.page import trained_store, write_report
@@ -270,6 +278,35 @@ def test_flipped_labels_are_suspected(make_store, make_run):
     assert expected <= set(cards)
     kinds = [next(i for i, card in enumerate(cards) if card == e) for e in expected]
     assert len(kinds) == len(flipped)
+
+
+@pytest.mark.parametrize("task", ["multilabel", "multiclass"])
+def test_out_of_fold_predictions_are_doubted_too(task: str, make_store, make_run, tmp_path: Path):
+    from mmc.heads.search.outoffold import OutOfFold
+    from mmc.heads.splits import targets
+
+    store = make_store(task, n=120, failed=())
+    run = make_run(store).save(tmp_path / "run")
+    run.search = {"folds": {}, "options": ["--lr", "0.1"]}
+    rows = np.concatenate([store.rows(split=split, labelled=True) for split in ("train", "val")])
+    logits = torch.full((len(rows), len(store.label_set)), -3.0)
+    ids = store.column("id").combine_chunks().take(pa.array(rows))
+    unseen = OutOfFold(
+        ids=pa.concat_arrays([ids, pa.array(["gone"])]),
+        fold=torch.zeros(len(rows) + 1, dtype=torch.int64),
+        logits=torch.cat([logits, logits[:1]]),
+        targets=torch.cat([targets(store, rows), targets(store, rows[:1])]),
+        task=task,
+    )
+    unseen.save(tmp_path / "run")
+    found = out_of_fold(run, store)
+    np.testing.assert_array_equal(found.rows, rows)
+    np.testing.assert_array_equal(found.truth.numpy(), store.labels.multi_hot(rows))
+    write_report(run, store, tmp_path / "r.html", device="cpu")
+    text = (tmp_path / "r.html").read_text()
+    assert "(on test and train and val, out of fold)" in text
+    assert 'class="soft">train and val, out of fold</p>' in text
+    assert commands(run, "s", "test").splitlines()[1].endswith("--lr 0.1")
 
 
 def test_commands_say_what_differs_from_the_defaults(make_store, make_run, tmp_path: Path):
