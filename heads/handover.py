@@ -6,14 +6,12 @@ store, written block by block: what is held is the table of samples and one bloc
 Legend: n samples, C labels, D values of a feature.
 """
 
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,35 +20,16 @@ import pyarrow.parquet as pq
 
 from mmc.heads.artifact import Run
 from mmc.heads.features import by_default
-from mmc.heads.predict import Predictor, select_rows
-from mmc.heads.projection import Method, Projection, project
-from mmc.heads.temperature import probabilities
-from mmc.heads.thresholds import decide
+from mmc.heads.predict import select_rows
+from mmc.heads.projection import Method, project
+from mmc.heads.samplecolumns import PREDICTED, Pictures, SampleColumns
 from mmc.store.errors import InputError, MmcError
-from mmc.store.samples import COLUMNS, INTERNAL
 
 if TYPE_CHECKING:
     from mmc.store import EmbeddingStore
 
 Rows = npt.NDArray[np.int64]
 Progress = Callable[[str, int, int], None]
-
-BLOCK_BYTES, LEAST_ROWS, MOST_ROWS = 64 << 20, 256, 65_536
-"""Embeddings of a row group, as float32, and its rows."""
-JOIN = ", "
-"""Between the names in ``label`` and ``prediction``."""
-METADATA = b"mmc"
-THREADS = min(4, os.cpu_count() or 1)
-
-
-class Pictures(Protocol):
-    """What is known of the pictures of a store's rows."""
-
-    def __call__(self, row: int) -> bytes:
-        """A small JPEG; raises MmcError where there is none."""
-
-    def path(self, row: int) -> str | None:
-        """Absolute path of a picture that is a file of its own, else None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +107,7 @@ def export_samples(
     names = _features(store, features)
     rows = select_rows(store, None, None if split in (None, "all") else split)
     _check_out(out, to)
-    source = _Source(store, rows, names, run, pictures, thumbnails, device)
+    source = SampleColumns(store, rows, names, run, pictures, thumbnails, device)
     if projection != "none" and names:
         made = project(store[names[0]], rows, projection, progress=progress)
         source.projection = made
@@ -144,190 +123,28 @@ def export_samples(
             shutil.rmtree(partial)
         else:
             partial.unlink(missing_ok=True)
-    return source.report(out, to)
+    return _report(source, out, to)
 
 
-class _Source:
-    """The columns of a store's rows, block by block."""
-
-    def __init__(
-        self,
-        store: "EmbeddingStore",
-        rows: Rows,
-        names: list[str],
-        run: Run | None,
-        pictures: Pictures | None,
-        thumbnails: bool,
-        device: str,
-    ) -> None:
-        self.store, self.rows, self.names, self.run = store, rows, names, run
-        self.features = {name: store[name] for name in names}
-        self.pictures, self.thumbnails = pictures, thumbnails
-        self.projection: Projection | None = None
-        self.without_thumbnail = 0
-        self.predictor = None
-        if run is not None:
-            run.check_labels(store.label_set, store.path)
-            self.predictor = Predictor(run, store, device=device)
-        own = [*COLUMNS.names, *INTERNAL.names]
-        samples = store.samples
-        self.user = samples.select([n for n in samples.column_names if n not in own])
-        self.core = samples.select(["id", "split", "text", "image", "image_offset", "size"])
-        made = {"label", "labels", "projection_x", "projection_y", *self.columns.values()}
-        made |= {"predicted", "prediction", "confidence", "correct", "probabilities", "thumbnail"}
-        taken = [n if n not in made else f"user.{n}" for n in self.user.column_names]
-        self.user = self.user.rename_columns(taken)
-
-    @property
-    def columns(self) -> dict[str, str]:
-        """Feature -> column: ``clip/image`` is ``clip_image``."""
-        return {name: name.replace("/", "_") for name in self.names}
-
-    def blocks(self) -> Iterator[slice]:
-        """Places in ``rows`` of each block."""
-        width = sum(int(np.prod(f.shape[1:])) for f in self.features.values())
-        width += len(self.run.label_set) if self.run else 0
-        step = BLOCK_BYTES // (4 * max(width, 1))
-        step = min(MOST_ROWS, max(LEAST_ROWS, step))
-        for start in range(0, len(self.rows), step):
-            yield slice(start, min(start + step, len(self.rows)))
-
-    def metadata(self) -> dict[bytes, bytes]:
-        """What a reader needs besides the columns, as JSON."""
-        told: dict[str, Any] = {
-            "store": self.store.path,
-            "task": self.store.task,
-            "label_set": list(self.store.label_set),
-            "features": {
-                name: {"column": self.columns[name], "fingerprint": feature.fingerprint}
-                for name, feature in self.features.items()
-            },
-            "projection": self.projection_record(),
-        }
-        if self.run is not None:
-            told["run"] = {
-                "path": str(self.run.path),
-                "head": self.run.head,
-                "label_set": list(self.run.label_set),
-                "thresholds": self.run.thresholds.to_json(),
-            }
-        return {METADATA: json.dumps(told, ensure_ascii=False).encode()}
-
-    def projection_record(self) -> dict[str, Any]:
-        made = self.projection
-        if made is None:
-            return {}
-        return {"method": made.method, "feature": made.feature, "explained": made.explained}
-
-    def table(self, part: slice) -> pa.Table:
-        """Everything but embeddings and probabilities of a block."""
-        taken = pa.array(self.rows[part])
-        core = self.core.take(taken)
-        labels = self._names(part)
-        columns: dict[str, Any] = {
-            "id": core["id"],
-            "split": core["split"],
-            "label": pa.array([None if x is None else JOIN.join(x) for x in labels], pa.string()),
-            "labels": pa.array(labels, pa.list_(pa.string())),
-            "text": core["text"],
-            "image": self._images(part, core["image"]),
-        }
-        if self.core["image_offset"].null_count < len(self.core):
-            columns |= {"image_offset": core["image_offset"], "image_size": core["size"]}
-        user = self.user.take(taken)
-        columns |= {name: user[name] for name in user.column_names}
-        if self.projection is not None:
-            for axis, name in enumerate(("projection_x", "projection_y")):
-                values = self.projection.places[part, axis]
-                columns[name] = pa.array(values, pa.float32(), from_pandas=True)
-        if self.thumbnails:
-            columns["thumbnail"] = self._thumbnails(part, core["id"])
-        return pa.table(columns)
-
-    def predictions(self, part: slice) -> tuple[dict[str, pa.Array], npt.NDArray[np.float32]]:
-        """Columns of the run's answers, and its probabilities (n, C); NaN without features."""
-        assert self.predictor is not None
-        run, rows = self.predictor.run, self.rows[part]
-        ok = self.predictor.done(rows)
-        p = probabilities(self.predictor.logits(rows[ok]).cpu(), run.task, run.temperature)
-        chosen = decide(p, run.task, run.thresholds)
-        every = np.full((len(rows), len(run.label_set)), np.nan, np.float32)
-        every[ok] = p.numpy()
-        given: list[list[str] | None] = [None] * len(rows)
-        for place, flags in zip(np.flatnonzero(ok).tolist(), chosen, strict=True):
-            given[place] = [run.label_set[i] for i in flags.nonzero()[:, 0].tolist()]
-        true = self._names(part)
-        right = [
-            None if t is None or g is None else set(t) == set(g)
-            for t, g in zip(true, given, strict=True)
-        ]
-        best = np.full(len(rows), np.nan, np.float32)
-        best[ok] = p.max(1).values.numpy() if len(p) else 0
-        columns = {
-            "prediction": pa.array([None if g is None else JOIN.join(g) for g in given]),
-            "predicted": pa.array(given, pa.list_(pa.string())),
-            "confidence": pa.array(best, pa.float32(), from_pandas=True),
-            "correct": pa.array(right, pa.bool_()),
-        }
-        return columns, every
-
-    def report(self, out: Path, to: str) -> HandoverReport:
-        """What was written."""
-        done = [self.features[name].done[self.rows] for name in self.names]
-        lacking = int((~np.logical_and.reduce(done)).sum()) if done else 0
-        other = self.table(slice(0, 0)).column_names
-        if self.run is not None:
-            other += ["prediction", "predicted", "confidence", "correct", "probabilities"]
-        return HandoverReport(
-            path=out,
-            rows=len(self.rows),
-            columns=other,
-            features={n: c if to == "parquet" else f"{c}.npy" for n, c in self.columns.items()},
-            projection=self.projection_record(),
-            without_features=lacking,
-            without_thumbnail=self.without_thumbnail,
-        )
-
-    def _names(self, part: slice) -> list[list[str] | None]:
-        labels, names = self.store.labels, self.store.label_set
-        found: list[list[str] | None] = []
-        for row in self.rows[part].tolist():
-            start, stop = labels.indptr[row], labels.indptr[row + 1]
-            known = bool(labels.known[row])
-            found.append([names[i] for i in labels.indices[start:stop]] if known else None)
-        return found
-
-    def _images(self, part: slice, named: pa.ChunkedArray) -> Any:
-        if self.pictures is None:
-            return named
-        rows = self.rows[part].tolist()
-        paths = [self.pictures.path(row) for row in rows]
-        # A picture inside another file is named as the store does.
-        kept = [p if p is not None else n for p, n in zip(paths, named.to_pylist(), strict=True)]
-        return pa.array(kept, pa.string())
-
-    def _thumbnails(self, part: slice, ids: pa.ChunkedArray) -> pa.Array:
-        assert self.pictures is not None
-        pictures = self.pictures
-
-        def small(row: int) -> bytes | None:
-            try:
-                return pictures(row)
-            except MmcError:
-                return None
-
-        with ThreadPoolExecutor(THREADS) as pool:
-            found = list(pool.map(small, self.rows[part].tolist()))
-        self.without_thumbnail += sum(data is None for data in found)
-        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-        values = [
-            None if data is None else {"bytes": data, "path": f"{name}.jpg"}
-            for data, name in zip(found, ids.to_pylist(), strict=True)
-        ]
-        return pa.array(values, kind)
+def _report(source: SampleColumns, out: Path, to: str) -> HandoverReport:
+    """What was written."""
+    done = [source.features[name].done[source.rows] for name in source.names]
+    lacking = int((~np.logical_and.reduce(done)).sum()) if done else 0
+    other = source.table(slice(0, 0)).column_names
+    if source.run is not None:
+        other += PREDICTED
+    return HandoverReport(
+        path=out,
+        rows=len(source.rows),
+        columns=other,
+        features={n: c if to == "parquet" else f"{c}.npy" for n, c in source.columns.items()},
+        projection=source.projection_record(),
+        without_features=lacking,
+        without_thumbnail=source.without_thumbnail,
+    )
 
 
-def _write_parquet(source: _Source, path: Path, progress: Progress) -> None:
+def _write_parquet(source: SampleColumns, path: Path, progress: Progress) -> None:
     """One row group for each block."""
     writer: pq.ParquetWriter | None = None
     try:
@@ -359,7 +176,7 @@ def _vectors(values: npt.NDArray[np.float32], there: npt.NDArray[np.bool_]) -> p
     return pa.FixedSizeListArray.from_arrays(flat, width, mask=pa.array(~there))
 
 
-def _write_arrays(source: _Source, folder: Path, progress: Progress) -> None:
+def _write_arrays(source: SampleColumns, folder: Path, progress: Progress) -> None:
     """An .npy file for each array, and samples.parquet with everything else."""
     folder.mkdir()
     count, store = len(source.rows), source.store

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.decomposition import PCA
 
-from mmc.heads import handover, projection
+from mmc.heads import projection, samplecolumns
 from mmc.heads.handover import default_out, export_samples
 from mmc.heads.predict import Predictor, predict
 from mmc.store import EmbeddingStore
@@ -30,7 +30,7 @@ class Pictures:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handover, "MOST_ROWS", 25)
+    monkeypatch.setattr(samplecolumns, "MOST_ROWS", 25)
 
 
 @pytest.mark.parametrize("task", ["multilabel", "binary", "multiclass"])
