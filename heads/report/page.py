@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -37,16 +38,19 @@ class PageReport:
     samples: int
     metric: str
     value: float | None
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
+    """95 %; None where the metric is not defined."""
 
     def __str__(self) -> str:
         """The file, and the headline figure."""
-        low, high = self.interval
-        return (
+        text = (
             f"{self.path}: {self.bytes:,} bytes; {self.metric} {number(self.value, 4)} on "
-            f"{self.samples:,} samples of {self.split}, 95 % interval {number(low, 4)} to "
-            f"{number(high, 4)}"
+            f"{self.samples:,} samples of {self.split}"
         )
+        if self.interval is None:
+            return text
+        low, high = self.interval
+        return f"{text}, 95 % interval {number(low, 4)} to {number(high, 4)}"
 
 
 def trained_store(run: Run, where: str | Path) -> str:
@@ -89,6 +93,9 @@ def write_report(
     Raises:
         InputError: no labelled samples there, or the store has other labels or features.
     """
+    path = Path(out)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file to write")
     parts = _measured(run, store, split, device, report)
     main = parts[0]
     report(f"drawing samples anew for the intervals ({len(main):,} samples)")
@@ -99,9 +106,6 @@ def write_report(
         doubted = [*(part for part in parts if part.split == "test"), unseen]
     text = render(run, store, main, doubted, found, thumbnail=thumbnail, device=device)
     data = text.encode("utf-8", "backslashreplace")
-    path = Path(out)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; name a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, data)
     name = HEADLINE[run.task]
@@ -112,7 +116,7 @@ def write_report(
         samples=len(main),
         metric=name,
         value=main.metrics[name],
-        interval=found[name],
+        interval=None if math.isnan(found[name][0]) else found[name],
     )
 
 
@@ -228,10 +232,13 @@ def _lead(run: Run, main: Measured, found: dict[str, tuple[float, float]]) -> st
     about = f" {head.card}" if head.card else ""
     name, article = HEADLINE[run.task], "An" if run.head[0] in "aeiou" else "A"
     low, high = found[name]
+    value = "not defined"
+    if main.metrics[name] is not None:
+        span = f"(95 % interval {number(low)} to {number(high)})"
+        value = f"{number(main.metrics[name])} {span}"
     return (
         f"{article} {run.head} head that reads {reads} and gives a sample {kind}.{about} On "
-        f"{len(main):,} labelled samples of {main.split} its {figures.NAMES[name]} is "
-        f"{number(main.metrics[name])} (95 % interval {number(low)} to {number(high)})."
+        f"{len(main):,} labelled samples of {main.split} its {figures.NAMES[name]} is {value}."
     )
 
 
@@ -240,7 +247,7 @@ def _notes(run: Run, main: Measured) -> list[str]:
     if main.split == "val":
         notes.append(
             "Thresholds and the best epoch were chosen on these samples, so the figures are "
-            "optimistic; the store has no labelled test samples."
+            "optimistic."
         )
     recorded = run.metrics.get(main.split, {}).get("rows_digest")
     if recorded and recorded != main.metrics["rows_digest"]:

@@ -373,6 +373,21 @@ def test_changed_samples_and_optimistic_figures_are_told(make_store, make_run, t
     assert "the figures are optimistic" in notes(split="val")[0]
 
 
+def test_a_metric_that_is_not_defined_is_left_out(make_store, make_run, tmp_path: Path):
+    store = make_store("binary", label_set=("0", "1"))
+    only = [i for i in range(60) if 0 not in store.labels.multi_hot()[i][1:]]
+    table = store.samples.drop_columns(["_gone", "_source"])
+    split = ["test" if i in only else "val" for i in range(60)]
+    table = table.set_column(table.column_names.index("split"), "split", pa.array(split))
+    store.sync(table, label_set=("0", "1"), task="binary", source={"spec": "store.csv"})
+    done = write_report(make_run(store), store, tmp_path / "r.html", device="cpu")
+    assert (done.value, done.interval) == (None, None)
+    assert "auroc – on" in str(done)
+    text = (tmp_path / "r.html").read_text()
+    assert "<dt>AUROC</dt>" not in text.split("</dl>")[0]
+    assert "its AUROC is not defined." in text
+
+
 def browse(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
     browser = shutil.which("chromium")
     if browser is None:
