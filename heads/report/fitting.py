@@ -74,7 +74,7 @@ def fields(run: Run, store: "EmbeddingStore", measured: Measured, device: str) -
         weights = head.weights.cpu()
         how = "The weights that each label gives its fields, as shares."
     elif isinstance(head, Router):
-        per_row = predictor.over(measured.rows, head.weights, len(head.roles)).cpu()
+        per_row = predictor.over(measured.rows, head.prepared_weights, len(head.roles)).cpu()
         weights = yes.T @ per_row / yes.sum(0).clamp(min=1)[:, None]
         how = (
             "The router weighs the fields anew for each sample; here the mean over the samples "
