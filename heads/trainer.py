@@ -119,7 +119,6 @@ def _train_into(
                 else "interrupted before the first checkpoint; nothing is kept"
             )
             raise
-        setup.material.release()
         for line in [*stage_lines(position), *position.notes]:
             report(line)
         run = setup.run(head.state_dict(), position)

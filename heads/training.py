@@ -210,6 +210,7 @@ class Setup:
         if self.trains:
             position = self.engine(head, loss, data, place, progress, checkpoints).run()
         self.fit_validation(head, data, position)
+        self.material.release()
         return position
 
     def fit_validation(self, head: Head, data: Loaded, position: Position) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mmc.heads import metrics
 from mmc.heads.batches import Data
+from mmc.heads.devices import precise
 from mmc.heads.engine import Engine, Position, State
 from mmc.heads.models.base import Head, Stage
 from mmc.heads.models.linear import Linear
@@ -174,6 +175,10 @@ class Stack:
         Args:
             finished: told each engine's place when it has stopped, and why it failed, if it did.
         """
+        with precise(self.lead.dtype, self.lead.device):
+            self._run(finished)
+
+    def _run(self, finished: Callable[[int, str], None]) -> None:
         going, epoch = self._packed(self.members), 0
         while going:
             until = min(member.next_round for member in going)
@@ -215,7 +220,8 @@ class Stack:
         for epoch in range(first, until):
             step = epoch * self.lead.steps
             for batch, targets in self.batches.epoch(0, epoch):
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                # As in the engine: a cache would outlive the step inside another autocast.
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
                     logits = F.linear(batch["inputs"], self.weight, self.bias)
                 losses = [
                     member.engine.loss(part, targets)
