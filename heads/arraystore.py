@@ -29,6 +29,8 @@ class ArrayFeature:
 
     tower = "array"
     """None of a store's: what the array was made from is not known."""
+    chunk_rows = 1
+    """No rows share a checksum."""
 
     def __init__(self, name: str, values: Array) -> None:
         self.name = name
