@@ -3,8 +3,8 @@
     python benchmarks/bench_real.py STORE [--heads linear=minilm/text,fusion=minilm ...] [--seed 0]
 
 STORE is multilabel, has texts, and the splits train, val and test. The baseline is scikit-learn's
-(word 1- and 2-grams without stop words, one balanced classifier per label, C chosen on val); the interval is that of the
-difference in test mAP on the same rows, by a paired bootstrap of them.
+(word 1- and 2-grams without stop words, one balanced classifier per label, C chosen on val); the
+interval is that of the difference in test mAP on the same rows, by a paired bootstrap of them.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
