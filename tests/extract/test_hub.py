@@ -4,7 +4,7 @@ import os
 import socket
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,8 +53,15 @@ def test_the_proxy_is_asked_where_there_is_one(listening, closed, monkeypatch):
 
 
 def test_a_name_that_takes_for_ever_to_look_up(monkeypatch):
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kw: time.sleep(60))
+    ended = threading.Event()
+
+    def look_up(*args: object, **kw: object) -> list[object]:
+        ended.wait(60)
+        return []  # to a thread that nobody waits for any more
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
     assert not hub.reachable("https://hub.invalid", seconds=0.1)
+    ended.set()
 
 
 def test_offline_for_as_long_as_a_backbone_loads(closed, listening, monkeypatch):
