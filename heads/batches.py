@@ -32,7 +32,8 @@ long."""
 TILE_BYTES_ELSEWHERE = 64 << 20
 BLOCK_ROWS = 8192
 """Prepared rows that are scored at a time."""
-READERS = min(4, os.cpu_count() or 1)
+MOST_READERS = 4
+READERS = min(MOST_READERS, os.cpu_count() or 1)
 """Threads that read and prepare. One computes while another waits for the disk."""
 
 Rows = npt.NDArray[np.int64]
@@ -85,11 +86,18 @@ class Reader:
         return self.read((first, first + 1))
 
 
-def tiles(stored: Batch, device: torch.device) -> Iterator[tuple[int, Batch]]:
-    """Stored fields piece by piece on ``device``, as (first row, batch); floats as float32."""
+def tiles(
+    stored: Batch, device: torch.device, most: int | None = None
+) -> Iterator[tuple[int, Batch]]:
+    """Stored fields piece by piece on ``device``, as (first row, batch); floats as float32.
+
+    Args:
+        most: bytes of a piece; None: what is fast on the device.
+    """
     rows = len(next(iter(stored.values())))
     values = sum(math.prod(field.shape[1:]) for field in stored.values())
-    step = max(1, TILE_BYTES.get(device.type, TILE_BYTES_ELSEWHERE) // (4 * max(values, 1)))
+    most = most or TILE_BYTES.get(device.type, TILE_BYTES_ELSEWHERE)
+    step = max(1, most // (4 * max(values, 1)))
     for start in range(0, rows, step):
         batch = {}
         for role, field in stored.items():
@@ -122,6 +130,7 @@ class Preparer:
 
     def __init__(self, head: Head, device: torch.device, dtype: torch.dtype) -> None:
         self._head, self._device, self._dtype = head, device, dtype
+        self._most = TILE_BYTES_ELSEWHERE if head.prepares_by_network else None
 
     @torch.no_grad()
     def room(self, rows: int, stored: Batch, keys: Sequence[str] | None = None) -> Batch:
@@ -144,7 +153,7 @@ class Preparer:
     @torch.no_grad()
     def put(self, stored: Batch, out: Batch, place: int) -> None:
         """Prepare stored fields; their rows go to the places of ``out`` from ``place`` on."""
-        for start, batch in tiles(stored, self._device):
+        for start, batch in tiles(stored, self._device, self._most):
             prepared = self._head.prepare(batch)
             for key, room in out.items():
                 values = prepared[key]

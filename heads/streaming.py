@@ -23,6 +23,7 @@ from torch import Tensor
 from mmc.heads.batches import (
     ALONE,
     BLOCK_BYTES,
+    MOST_READERS,
     READERS,
     Gather,
     Preparer,
@@ -43,9 +44,9 @@ WINDOWS = 2
 """In memory at a time: one that batches come from while the other is filled."""
 BLOCKS_PER_WINDOW = 16
 """Blocks are made so small that a window mixes at least so many."""
-HELD = WINDOWS * (1 + 1 / BLOCKS_PER_WINDOW) + READERS / BLOCKS_PER_WINDOW
+HELD = WINDOWS * (1 + 1 / BLOCKS_PER_WINDOW) + MOST_READERS / BLOCKS_PER_WINDOW
 """Windows' worth of rows that are in memory: a window may be a block larger, and every thread that
-reads holds a block."""
+reads holds a block. The same on every machine, since the order of the rows depends on it."""
 _BLOCK_ORDER = 4
 
 

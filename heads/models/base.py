@@ -103,6 +103,9 @@ class Head(nn.Module):
     """What a reader of the model card should know of this head: a sentence or two, or nothing."""
     largest_batch: int | None = None
     """No default batch is larger, whatever the device: samples of many tokens take much memory."""
+    prepares_by_network: bool = False
+    """``prepare`` runs a whole network, every call of which costs something: it is given more rows
+    at a time."""
     learning_rate: float = 1e-3
     """Default at a batch of 256 samples; the trainer scales it with the batch. A head may set its
     own once it knows its inputs."""

@@ -86,6 +86,7 @@ class Boost(Head):
         width = sum(inputs[role][0] for role in self.roles)
         self.learning_rate = 7e-4 if config.kind == "mlp" else linear_rate(width)
         self.base = _base_head(config, inputs, num_labels) if config.base_run else None
+        self.prepares_by_network = self.base is not None
         self.steps = nn.ModuleList(_step(config, width, num_labels) for _ in range(config.rounds))
         self.register_buffer("prior", torch.zeros(num_labels))
         self.register_buffer("ended", torch.tensor(False))
