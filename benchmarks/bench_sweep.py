@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from bench_heads import FIELDS, LABELS, WIDTH, effective_cores, make_data
+from bench_heads import effective_cores
+from head_problems import LABELS, VIEWS, WIDTH, make_views
 
 from mmc.heads.engine import Engine
 from mmc.heads.options import TrainConfig
@@ -38,7 +39,7 @@ ROUNDS = 3
 
 def make_store(folder: Path, rows: int, val_rows: int, labels: int) -> EmbeddingStore:
     """The benchmark's features in a store; as many test as validation rows."""
-    views, targets = make_data(rows, 2 * val_rows)
+    views, targets = make_views(rows + 2 * val_rows)
     n = len(targets)
     splits = ["train"] * rows + ["val"] * val_rows + ["test"] * val_rows
     truth = targets[:, :labels].numpy()
@@ -144,7 +145,7 @@ def main() -> None:
     parser.add_argument("--heads", default="linear,mlp")
     args = parser.parse_args()
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{args.rows:,} x {FIELDS * WIDTH}, {args.labels} labels, {args.epochs} epochs")
+    print(f"{args.rows:,} x {len(VIEWS) * WIDTH}, {args.labels} labels, {args.epochs} epochs")
     print(f"effective cores before: {effective_cores():.2f}")
     with tempfile.TemporaryDirectory() as folder:
         store = make_store(Path(folder) / "s", args.rows, args.val_rows, args.labels)
