@@ -161,13 +161,15 @@ class Run:
         taken = {key: record[key] for key in PLAIN_KEYS}
         taken |= {key: record.get(key, copy(default)) for key, default in OPTIONAL_KEYS.items()}
         try:
+            thresholds = Thresholds.from_json(record["thresholds"])
+            thresholds.check(record["task"], len(record["label_set"]))
             return cls(
                 **taken,
                 features={
                     role: FeatureRef.from_json(ref) for role, ref in record["features"].items()
                 },
                 label_set=tuple(record["label_set"]),
-                thresholds=Thresholds.from_json(record["thresholds"]),
+                thresholds=thresholds,
                 state=state,
                 history=read_history(folder / HISTORY),
                 recipe_text=read_recipe(folder / RECIPE),

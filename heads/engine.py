@@ -225,8 +225,7 @@ class Engine:
             torch.manual_seed(dropout_seed(self.seed, stage, epoch, self.processes.index))
             step, pending = epoch * self.steps, 0
             for batch, targets in batches.epoch(stage, epoch):
-                if len(targets):  # else all of this batch is in other processes
-                    self._backward(score, batch, targets, gradients)
+                self._backward(score, batch, targets, gradients)
                 pending += 1
                 if pending == parts:
                     self._step(step, optimizer, gradients, average)
@@ -242,7 +241,9 @@ class Engine:
         targets: Tensor,
         gradients: Gradients,
     ) -> None:
-        labels = self.head.select_labels(targets)
+        labels = self.head.select_labels(targets)  # several processes choose together
+        if not len(targets):  # all of this batch is in the others
+            return
         if labels is not None:
             batch, targets = {**batch, "labels": labels}, _known(targets, labels)
         bf16 = self.dtype == torch.bfloat16

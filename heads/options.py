@@ -50,7 +50,8 @@ class OptimConfig:
     """Validation metric that decides which parameters are kept; default: mAP for multilabel,
     auroc for binary, macro_f1 for multiclass. The validation loss breaks ties."""
     checkpoint_seconds: float = 20.0
-    """Least time between checkpoints; 0 = one after every validation. What a kill can cost."""
+    """Least time between checkpoints; 0 = one after every validation. What a kill can cost. (Linear
+    heads that a sweep trains side by side have none: those unfinished start again.)"""
     compile: bool = False
     """Compile what the head computes while training (torch.compile): takes from seconds to minutes
     per stage, and needs a compiler. Compare before relying on it: on two CPU cores no head became

@@ -41,6 +41,14 @@ class Thresholds:
             return cls(values=(), mode="argmax")
         return cls(values=(DEFAULT,) * (1 if task == "binary" else num_labels))
 
+    def check(self, task: str, num_labels: int) -> None:
+        """Raise ValueError unless these are thresholds of such a task."""
+        wanted = len(Thresholds.default(task, num_labels).values)
+        if len(self.values) != wanted:
+            raise ValueError(f"{len(self.values)} thresholds where {wanted} are needed")
+        if not all(isinstance(value, int | float) and 0 <= value <= 1 for value in self.values):
+            raise ValueError("a threshold is not in [0, 1]")
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dictionary that `from_json` reads back."""
         return {**asdict(self), "values": list(self.values)}

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
 import textwrap
 import types
 import typing
@@ -101,8 +102,8 @@ def _convert(value: Any, hint: Any) -> Any:
         parts = value.split(",") if isinstance(value, str) else value
         return tuple(_convert(part, args[0]) for part in parts)
     if not isinstance(value, str):
-        if hint is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
+        if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return _finite(float(value))
         if not isinstance(value, origin or hint) or (hint is int and isinstance(value, bool)):
             raise TypeError(f"got {type(value).__name__}")
         return value
@@ -111,4 +112,10 @@ def _convert(value: Any, hint: Any) -> Any:
         if value.lower() not in words:
             raise ValueError("use true or false")
         return words[value.lower()]
-    return hint(value)
+    return _finite(float(value)) if hint is float else hint(value)
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("it must be finite")
+    return value

@@ -153,7 +153,9 @@ class _Witness:
 
         with torch.enable_grad():
             optimizer.step(closure)
-        return weights().detach().float()
+        found = weights().detach().float()
+        # The search can run away where there is next to no evidence: equal weights then.
+        return found if found.isfinite().all() else torch.ones_like(found)
 
     def held_out(self, spread: float, task: str, metric: str) -> float:
         """Mean over halves of the rows of the metric under weights fitted on the other half.

@@ -139,6 +139,15 @@ def test_weights_of_another_run_are_refused(saved: Path) -> None:
         Run.load(saved)
 
 
+@pytest.mark.parametrize("values", [[0.5], [float("nan")] * 5, [2.0] * 5, ["a"] * 5])
+def test_thresholds_that_do_not_fit_are_refused(saved: Path, values: list[Any]) -> None:
+    record = json.loads((saved / "run.json").read_text())
+    record["thresholds"]["values"] = values
+    (saved / "run.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="damaged"):
+        Run.load(saved)
+
+
 def test_an_edited_label_set_is_refused(saved: Path) -> None:
     edit(saved, label_set=["bus", "zug", "sea, sky", 'a "quoted" label', "never seen"])
     with pytest.raises(InputError, match="label set was edited"):

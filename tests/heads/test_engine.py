@@ -9,6 +9,7 @@ import torch
 
 from mmc.heads import devices
 from mmc.heads.artifact import Run
+from mmc.heads.batches import ResidentBatches
 from mmc.heads.devices import training_dtype
 from mmc.heads.metrics import score
 from mmc.heads.models.linear import Linear
@@ -244,3 +245,24 @@ def test_other_errors_are_left_as_they_are():
 
     with pytest.raises(RuntimeError, match="shapes"), compiler_errors():
         raise RuntimeError("shapes")
+
+
+def test_an_empty_part_of_a_batch_still_chooses_labels(make_store: Callable, tmp_path, monkeypatch):
+    """Choosing is joint: a process that left it out would leave the others waiting."""
+    asked: list[int] = []
+
+    def choose(self, targets):
+        asked.append(len(targets))
+
+    def empty_first(self, stage, epoch):
+        batch, targets = self._gather.batch(0)
+        yield batch, targets
+        yield from epochs(self, stage, epoch)
+
+    epochs = ResidentBatches.epoch
+    monkeypatch.setattr(Linear, "select_labels", choose)
+    monkeypatch.setattr(ResidentBatches, "epoch", empty_first)
+    settings = config("linear", "optim.accumulation=2", epochs=1, batch_size=64)
+    train(make_store(), tmp_path / "run", settings)
+    assert asked[0] == 0
+    assert asked[1] > 0

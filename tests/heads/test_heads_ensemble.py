@@ -9,6 +9,7 @@ from mmc.heads.batches import ResidentData
 from mmc.heads.engine import Engine
 from mmc.heads.losses.bce import BCE
 from mmc.heads.losses.ce import CE
+from mmc.heads.models import ensemble as module
 from mmc.heads.models.ensemble import Ensemble, EnsembleConfig, weighted
 from mmc.heads.models.linear import Linear, LinearConfig
 from mmc.heads.options import OptimConfig, TrainConfig
@@ -193,3 +194,21 @@ def test_the_training_says_what_became_of_the_weights(make_store, tmp_path):
 def test_settings_that_make_no_sense_are_refused(settings):
     with pytest.raises(InputError, match=f"head.{next(iter(settings))}"):
         EnsembleConfig(**settings)
+
+
+def test_a_fit_that_runs_away_leaves_equal_weights(monkeypatch):
+    """Seen with next to no evidence: the line search steps to infinity."""
+
+    def away(self, closure):
+        closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.fill_(torch.inf)
+
+    monkeypatch.setattr(torch.optim.LBFGS, "step", away)
+    witness = module._Witness(
+        torch.full((2, 6, 3), 1e-3, dtype=torch.float64),
+        torch.tensor([0, 1, 2, 0, 1, 2]),
+        torch.zeros(3, dtype=torch.float64),
+    )
+    assert torch.equal(witness.fit(1.0), torch.ones(3, 2))

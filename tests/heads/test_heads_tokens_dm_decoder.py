@@ -346,3 +346,9 @@ def test_the_cosine_needs_the_space_of_the_label_texts():
         decoder(text=texts(width=12))
     with pytest.raises(InputError, match="extract it too"):
         decoder(pooled=False, layers=0)
+
+
+def test_labels_are_chosen_where_no_row_of_a_batch_is():
+    """Of several processes all choose, also one whose part of the batch is empty."""
+    assert len(selective(torch.zeros(0, 60), 60, 20)) == 20
+    assert len(selective(torch.zeros(0, dtype=torch.int64), 60, 20)) == 20

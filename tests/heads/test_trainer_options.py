@@ -17,7 +17,7 @@ from mmc.heads.optim import (
     trained_parameters,
 )
 from mmc.heads.options import OptimConfig, TrainConfig, parse_set
-from mmc.store.config import field_docs
+from mmc.store.config import build, field_docs
 from mmc.store.errors import InputError
 
 # -- settings --------------------------------------------------------------------------------------
@@ -256,3 +256,9 @@ def test_precision_can_be_asked_for():
     assert training_dtype("bf16", cpu) == torch.bfloat16
     assert training_dtype("float32", cpu) == torch.float32
     assert training_dtype("auto", cpu) in (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+def test_settings_are_finite(value):
+    with pytest.raises(InputError, match=r"optim setting clip_norm=.*finite"):
+        build(OptimConfig, {"clip_norm": value}, where="optim")
