@@ -1011,6 +1011,7 @@ def list_command(
       mmc list heads
       mmc list heads mlp
     """
+    from mmc.heads.listing import as_typed
     from mmc.heads.listing import settings as list_settings
 
     if kind is None:
@@ -1032,7 +1033,9 @@ def list_command(
         return
     _print_entries(table)
     for setting in settings:
-        print(f"\n--set {setting['key']}={setting['default']}\n    {setting['help']}")
+        print(f"\n--set {setting['key']}={as_typed(setting['default'])}\n    {setting['help']}")
+        if setting["choices"]:
+            print(f"    One of: {', '.join(map(str, setting['choices']))}.")
 
 
 def _print_entries(table: tuple[Entry, ...]) -> None:

@@ -114,8 +114,8 @@ def load_like(recipe: Mapping[str, Any], *, device: str) -> Backbone:
     spec, identity = spec_of(recipe), recipe["identity"]
     if "precision" not in identity:
         raise InputError(
-            f"{recipe['alias']!r} was not made by `mmc extract`: {spec} may not be what made it, so "
-            "nothing new can be embedded alike"
+            f"{recipe['alias']!r} was not made by `mmc extract`: {spec} may not be what made it, "
+            "so nothing new can be embedded alike"
         )
     backbone = load_backbone(
         spec,

@@ -1,10 +1,10 @@
 """The settings of heads, losses and the optimiser, as `mmc list heads NAME` shows them."""
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 from mmc.heads.options import OptimConfig
-from mmc.store.config import field_docs
+from mmc.store.config import choices, field_docs
 from mmc.store.registry import Entry, load
 
 
@@ -19,9 +19,18 @@ def settings(group: str, entry: Entry) -> list[dict[str, Any]]:
         {
             "key": f"{prefix}.{field.name}",
             "default": field.default,
+            "choices": choices(config, field.name),
             "help": " ".join(docs[field.name].split()),
         }
         for prefix, config in ((group, load(entry).Config), ("optim", OptimConfig))
         for docs in [field_docs(config)]
         for field in fields(config)
+        if field.default is not MISSING  # what has none is filled in by the training
     ]
+
+
+def as_typed(value: Any) -> str:
+    """A value as ``--set`` takes it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -195,6 +195,13 @@ def _lacking(
     asked = [
         f for field in asked for f in ([field, mask_of(field)] if field in MASKED else [field])
     ]
+    others = [f for need in needs for f in _having(store, store.aliases, need)]
+    if aliases and others:
+        every = " or ".join(dict.fromkeys(field for need in needs for field in need.fields))
+        return InputError(
+            f"{name} reads {every if needs[0].optional else words}, and {', '.join(aliases)} of "
+            f"{store.path} does not have that; choose with --features {others[0]}"
+        )
     alias = (list(aliases) or list(store.aliases))[0]
     spec = store.provenance(alias).context.get("spec", "SPEC")
     where = f"{', '.join(aliases)} of {store.path}" if aliases else store.path

@@ -45,7 +45,8 @@ class OptimConfig:
     beta2: float = 0.999
     """Decay of AdamW's second moment."""
     patience: int = 8
-    """Stop a stage after so many validations without a better one; 0 = never."""
+    """Stop a stage after so many validations without a better one; 0 = never. There is one after
+    every epoch, or after the epochs that 50 steps take where an epoch has fewer."""
     metric: str | None = None
     """Validation metric that decides which parameters are kept; default: mAP for multilabel,
     auroc for binary, macro_f1 for multiclass. The validation loss breaks ties."""

@@ -235,6 +235,8 @@ def predict_csv(
         InputError: no samples, other features, or a form that cannot hold the task.
     """
     config = config or PredictConfig()
+    if config.top_k is not None and config.top_k > len(run.label_set):
+        raise InputError(f"--top-k {config.top_k}: the run has {len(run.label_set)} labels")
     split = config.split
     if split is None and rows is None:
         split = default_split(store)

@@ -144,6 +144,10 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / RECORD).read_bytes())
     except OSError:
+        if (folder / CHECKPOINTS).is_dir():
+            raise InputError(
+                f"{folder} holds an unfinished training; the same `mmc train-head` goes on with it"
+            ) from None
         kind = "is not a run: it has no run.json" if folder.exists() else "does not exist"
         raise InputError(f"{folder} {kind} (a run is what `mmc train-head` writes)") from None
     except ValueError as error:

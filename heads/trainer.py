@@ -97,6 +97,7 @@ def _train_into(
 ) -> TrainReport:
     for note in setup.splits.notes:
         report(note)
+    report(setup.described())
     checkpoints = Checkpoints(folder, setup.identity())
     found = checkpoints.load()
     if found:

@@ -115,6 +115,14 @@ class Setup:
         )
         self.lr = config.lr or default_lr(trial.learning_rate, self.batch_size * parts, rows)
 
+    def described(self) -> str:
+        """A line on what is trained on what."""
+        read = f"{self.config.head} reads {', '.join(self.features.values())}"
+        if not self.trains:
+            return read
+        rows = f"{len(self.splits.train):,} train and {len(self.splits.val):,} val rows"
+        return f"{read}: {rows}, loss {self.loss_name}, batch {self.batch_size:,}, lr {self.lr:.2g}"
+
     def identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued."""
         config = asdict(self.config)

@@ -79,10 +79,28 @@ def typed(config: type, field: str, value: Any, *, where: str, key: str | None =
     try:
         return _convert(value, hint)
     except (TypeError, ValueError) as error:
-        wanted = getattr(hint, "__name__", str(hint))
         raise InputError(
-            f"{where} setting {key or field}={value!r} is not {wanted}: {error}"
+            f"{where} setting {key or field}={value!r} is not {_wanted(hint)}: {error}"
         ) from None
+
+
+def choices(config: type, field: str) -> tuple[Any, ...]:
+    """The values of a field of ``config`` that takes one of a few; none where it takes others."""
+    hint = typing.get_type_hints(config)[field]
+    return get_args(hint) if get_origin(hint) is typing.Literal else ()
+
+
+def _wanted(hint: Any) -> str:
+    """A type in a user's words."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join("none" if arg is type(None) else _wanted(arg) for arg in args)
+    if origin is typing.Literal:
+        return "one of its values"
+    if origin is tuple:
+        return f"{_wanted(args[0])}, or several with commas"
+    words = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
+    return words.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _convert(value: Any, hint: Any) -> Any:

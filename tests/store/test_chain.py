@@ -142,8 +142,8 @@ def test_a_section_becomes_a_config():
     ("text", "says"),
     [
         ("count: 0", "r.yaml:1: part.count: count must be 1 or more"),
-        ("a: 1\ncount: x", "r.yaml:2: part setting count='x' is not int"),
-        ("count: true", "part setting count=True is not int"),
+        ("a: 1\ncount: x", "r.yaml:2: part setting count='x' is not a whole number"),
+        ("count: true", "part setting count=True is not a whole number"),
         ("parts: {a: b}", "part setting parts={'a': 'b'} is not"),
         ("parts: 3", "part setting parts=3 is not"),
         ("rate: fast", "part setting rate='fast' is not"),
