@@ -12,11 +12,16 @@ import csv
 import io
 import os
 import shutil
+import ssl
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 from mmc.heads.runfiles import TENSORBOARD
 from mmc.store.errors import InputError, MmcError
@@ -31,6 +36,8 @@ EXPERIMENT = "mmc"
 """MLflow's experiment, unless MLFLOW_EXPERIMENT_NAME names another."""
 LONGEST = 500
 """Characters of a parameter; MLflow takes up to 6,000 and shows few."""
+ANSWER = 5.0
+"""Seconds that a server has to take a connection."""
 
 Values = Mapping[str, float]
 Row = Mapping[str, Any]
@@ -50,6 +57,14 @@ class Tracker:
         self._backend = backend
         backend.start()
         backend.store_init_configuration(dict(parameters))
+
+    @classmethod
+    def check(cls, report: "Report") -> None:
+        """Say where it will log where that may take time, and find out whether it can.
+
+        Raises:
+            MmcError: nothing is there.
+        """
 
     def log(self, values: Values, step: int) -> None:
         """Add a value to each series."""
@@ -96,7 +111,7 @@ class MLflow(Tracker):
         from accelerate.tracking import MLflowTracker
 
         self._mlflow, self._placed = mlflow, not mlflow.is_tracking_uri_set()
-        self.where = f"MLflow at {mlflow.get_tracking_uri()}" if not self._placed else ""
+        self.where = f"MLflow at {_shown(mlflow.get_tracking_uri())}" if not self._placed else ""
         if self._placed:
             # New versions write such folders only when told to. Unlike a database it needs nothing
             # installed besides.
@@ -113,6 +128,22 @@ class MLflow(Tracker):
         except BaseException:
             self._leave()
             raise
+
+    @classmethod
+    def check(cls, report: "Report") -> None:
+        """See :class:`Tracker`; MLflow itself tries a server that is not there for minutes."""
+        import mlflow
+
+        address = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else ""
+        if urlsplit(address).scheme not in ("http", "https"):
+            return
+        report(f"logging to MLflow at {_shown(address)}")
+        reason = _unreachable(_shown(address))
+        if reason:
+            raise MmcError(
+                f"no server answers at {_shown(address)} ({reason}); start it, set "
+                "MLFLOW_TRACKING_URI to another, or leave out --track mlflow"
+            )
 
     def table(self, name: str, rows: Sequence[Sequence[str]]) -> None:
         """See :class:`Tracker`; a CSV file among the artifacts."""
@@ -163,6 +194,7 @@ class Trackers:
                     "pip install 'mmc[tracking]'"
                 )
             try:
+                kind.check(self._report)
                 tracker = kind(folder, parameters)
             except Exception as error:  # whatever a server, a disk or a plug-in of theirs raises
                 raise MmcError(f"--track {name}: {_reason(error)}") from error
@@ -245,6 +277,29 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | 
             text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             found[prefix + key] = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
     return {key.removeprefix("settings."): value for key, value in found.items()}
+
+
+def _shown(address: str) -> str:
+    """An address without the name and password in it."""
+    parts = urlsplit(address)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def _unreachable(address: str) -> str:
+    """Why there is no connection to a server; empty where something answers, whatever it says."""
+    try:
+        # By way of the proxies of the environment, as MLflow goes.
+        with urlopen(Request(address, method="HEAD"), timeout=ANSWER):
+            return ""
+    except HTTPError as answer:
+        answer.close()
+        return ""
+    except URLError as error:
+        if isinstance(error.reason, ssl.SSLError):  # MLflow has settings of its own for these
+            return ""
+        return getattr(error.reason, "strerror", None) or str(error.reason)
+    except (OSError, HTTPException):  # connected, and no or another answer: MLflow's to judge
+        return ""
 
 
 def _reason(error: Exception) -> str:

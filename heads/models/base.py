@@ -143,6 +143,14 @@ class Head(nn.Module):
         """
         return config
 
+    @classmethod
+    def trained_before(cls, config: Any) -> str:
+        """The setting, as ``head.base=RUN``, that names a head trained on labels of its own choice.
+
+        Rows held out of this training may have been among them. Empty: there is none.
+        """
+        return ""
+
     def forward(self, batch: Batch) -> Tensor:
         """Fields as they are stored, (B, ...) by role -> logits (B, C)."""
         return self.score(self.prepare(batch))

@@ -121,6 +121,10 @@ class Boost(Head):
         }
         return replace(config, base_run=record)
 
+    @classmethod
+    def trained_before(cls, config: BoostConfig) -> str:
+        return "" if config.base is None else f"head.base={config.base}"
+
     def prepare(self, batch: Batch) -> Batch:
         prepared = {"inputs": self.normalize.joined({role: batch[role] for role in self.roles})}
         if self.base is not None:

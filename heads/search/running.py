@@ -35,6 +35,12 @@ class Runner:
     def run(self, trials: Sequence[Trial]) -> None:
         """Train those that are not on the shelf; what prepares alike follows each other."""
         waiting = [trial for trial in trials if self.shelf.result(trial) is None]
+        for trial in waiting:
+            if trial.name in self.shelf.damaged:
+                file = self.shelf.damaged.pop(trial.name)
+                self.report(
+                    f"warning: {trial.described}: {file} is damaged or gone; it is trained again"
+                )
         for reading in _grouped(waiting, lambda trial: trial.setup.preparation):
             for alike in _grouped(reading, _stack_key):
                 if len(alike) > 1:

@@ -115,6 +115,13 @@ class Search:
         several = "--seeds" if self.config.seeds else "--folds" if self.config.folds else ""
         if several and not setup.trains:
             raise InputError(f"{setting.config.head} trains nothing: leave out {several}")
+        before = setup.head_class.trained_before(setup.head_config)
+        if self.config.folds and before:
+            raise InputError(
+                f"--folds with {before}: that run may have been trained on the samples of the "
+                "folds, and predictions of them would look better than they are; leave out "
+                f"--folds, or {before.partition('=')[0]}"
+            )
         if self.config.seeds:
             first = setting.config.seed
             return [
@@ -191,13 +198,23 @@ class Search:
                 for trial in trials:
                     shelf.drop(trial)
 
+    def _best_held(self, shelf: Shelf, runner: Runner) -> int:
+        """The best setting, with its parameters on the shelf."""
+        while (best := self._best(shelf)) is not None:
+            dropped = [trial for trial in self.trials[best] if shelf.dropped(trial)]
+            if not dropped:
+                return best
+            # It had lost to one whose damaged files were trained again, to a lower score.
+            for trial in dropped:
+                shelf.forget(trial)
+            runner.run(dropped)
+        failed = [shelf.result(trial) for trials in self.trials for trial in trials]
+        error = next(result.error for result in failed if result and result.error)
+        raise MmcError(f"no setting could be trained; the first: {error}")
+
     def _kept(self, folder: Path, shelf: Shelf, runner: Runner) -> tuple[Run, Trial]:
         """The run to keep, measured, and the trial that it comes from."""
-        best = self._best(shelf)
-        if best is None:
-            failed = [shelf.result(trial) for trials in self.trials for trial in trials]
-            error = next(result.error for result in failed if result and result.error)
-            raise MmcError(f"no setting could be trained; the first: {error}")
+        best = self._best_held(shelf, runner)
         chosen = self.trials[best]
         found: dict[str, Any] = {"metric": self.metric}
         if self.config.sweep:

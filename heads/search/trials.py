@@ -2,7 +2,8 @@
 
 ``checkpoints/search.json`` says what is searched; ``checkpoints/trials/<name>/`` holds of each
 training its ``result.json``, written last, with ``head.safetensors`` and, for a fold, the logits of
-the samples held out. All of it goes when the run is written.
+the samples held out. The record has the hashes of these files, or says that they were dropped. All
+of it goes when the run is written.
 """
 
 import hashlib
@@ -101,6 +102,9 @@ class Shelf:
     def __init__(self, run: Path, identity: dict[str, Any]) -> None:
         self.folder = run / CHECKPOINTS
         self._results: dict[str, Result] = {}
+        self._dropped: set[str] = set()
+        self.damaged: dict[str, Path] = {}
+        """Name of each trial that was through -> its file that is not what was written."""
         identity = json.loads(json.dumps(identity))
         record = self.folder / SEARCH
         if (self.folder / FILE).exists():
@@ -133,9 +137,23 @@ class Shelf:
                 record = json.loads((self._place(trial) / RESULT).read_bytes())
                 if record.pop("identity") != trial.identity:
                     return None
-                self._results[trial.name] = Result(**record)
-            except (OSError, ValueError, KeyError, TypeError):  # not there, or half of one: again
+                files: dict[str, str] | None = record.pop("files")
+                result = Result(**record)
+                damaged = self._damaged(trial, files or {})
+            except (
+                OSError,
+                ValueError,
+                KeyError,
+                TypeError,
+                AttributeError,
+            ):  # none, or half: again
                 return None
+            if damaged:
+                self.damaged[trial.name] = damaged
+                return None
+            if files is None:
+                self._dropped.add(trial.name)
+            self._results[trial.name] = result
         return self._results[trial.name]
 
     def put(
@@ -148,14 +166,17 @@ class Shelf:
         """Keep what came out of a trial; its checkpoint goes."""
         place = self._place(trial)
         place.mkdir(parents=True, exist_ok=True)
+        contents = {}
         if state:
             plain = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-            write_atomic(place / WEIGHTS, save_tensors(plain))
+            contents[WEIGHTS] = save_tensors(plain)
         if logits is not None:
-            write_atomic(place / LOGITS, save_tensors({"logits": logits.cpu().contiguous()}))
-        record = {"identity": trial.identity, **asdict(result)}
-        write_atomic(place / RESULT, json.dumps(record).encode())
+            contents[LOGITS] = save_tensors({"logits": logits.cpu().contiguous()})
+        for name, content in contents.items():
+            write_atomic(place / name, content)
+        self._record(trial, result, {name: _hash(data) for name, data in contents.items()})
         self._results[trial.name] = result
+        self._dropped.discard(trial.name)
         self.checkpoints(trial).remove()
 
     def checkpoints(self, trial: Trial) -> Checkpoints:
@@ -176,13 +197,48 @@ class Shelf:
 
     def drop(self, trial: Trial) -> None:
         """Forget its parameters and logits: it has lost."""
+        if self.dropped(trial):
+            return
+        self._record(trial, self._results[trial.name], None)
+        self._dropped.add(trial.name)
         for name in (WEIGHTS, LOGITS):
             (self._place(trial) / name).unlink(missing_ok=True)
+
+    def dropped(self, trial: Trial) -> bool:
+        """Whether it is through, and its parameters were forgotten."""
+        return trial.name in self._dropped
+
+    def forget(self, trial: Trial) -> None:
+        """It is to be trained again."""
+        (self._place(trial) / RESULT).unlink(missing_ok=True)
+        self._results.pop(trial.name, None)
+        self._dropped.discard(trial.name)
 
     def remove(self) -> None:
         """Forget everything."""
         (self.folder / SEARCH).unlink(missing_ok=True)
         shutil.rmtree(self.folder / "trials", ignore_errors=True)
 
+    def _record(self, trial: Trial, result: Result, files: dict[str, str] | None) -> None:
+        """Write a result, with the hashes of its files; None: they were dropped."""
+        record = {"identity": trial.identity, "files": files, **asdict(result)}
+        write_atomic(self._place(trial) / RESULT, json.dumps(record).encode())
+
+    def _damaged(self, trial: Trial, files: dict[str, str]) -> Path | None:
+        """The first file that is gone, or not what was written."""
+        for name, written in files.items():
+            path = self._place(trial) / name
+            try:
+                found = _hash(path.read_bytes())
+            except OSError:
+                return path
+            if found != written:
+                return path
+        return None
+
     def _place(self, trial: Trial) -> Path:
         return self.folder / "trials" / trial.name
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -281,6 +281,65 @@ def test_what_is_done_is_kept_and_the_same_command_goes_on(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def flip(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "file"),
+    [
+        (cut, "head.safetensors"),
+        (flip, "head.safetensors"),
+        (cut, "logits.safetensors"),
+        (Path.unlink, "logits.safetensors"),
+    ],
+)
+def test_a_training_whose_files_are_damaged_is_done_again(
+    make_store: Callable, tmp_path, monkeypatch, damage, file
+):
+    store, wanted = make_store(), config(head="mlp", epochs=3, folds=3)
+    whole = train(store, tmp_path / "whole", wanted).run
+    interrupted(store, tmp_path / "run", wanted, 2, monkeypatch)
+    damage(tmp_path / "run" / "checkpoints" / "trials" / "0001-fold0" / file)
+    said: list[str] = []
+    report = train(store, tmp_path / "run", wanted, report=said.append)
+    (line,) = [line for line in said if line.startswith("warning: fold 1: ")]
+    assert f"{file} is damaged or gone; it is trained again" in line
+    assert any("1 of 3 trainings are there" in line for line in said)
+    assert states_agree(report.run, whole, 0)
+    assert torch.equal(report.run.out_of_fold().logits, whole.out_of_fold().logits)
+    assert without_seconds(report.search) == without_seconds(whole.search)
+
+
+def test_a_setting_that_was_dropped_comes_back_when_the_best_is_damaged(
+    make_store: Callable, tmp_path, monkeypatch
+):
+    """The best one, trained again, ends lower: the next best is kept, its parameters anew."""
+    store = make_store(n=120, noise=1.0)
+    wanted = config(head="mlp", epochs=13, sweep=("lr=0.01,0.0003,0.000001",))
+    interrupted(store, tmp_path / "run", wanted, 3, monkeypatch)
+    trials = tmp_path / "run" / "checkpoints" / "trials"
+    assert not (trials / "0002" / "head.safetensors").exists()
+    cut(trials / "0001" / "head.safetensors")
+    finish = running.Runner._finish
+
+    def worse(self, trial, head, data, position, error):
+        return finish(
+            self, trial, head, data, position, "diverged" if trial.name == "0001" else error
+        )
+
+    monkeypatch.setattr(running.Runner, "_finish", worse)
+    run = train(store, tmp_path / "run", wanted).run
+    assert [row["best"] for row in run.search["sweep"]["settings"]] == [False, True, False]
+    alone = train(store, tmp_path / "alone", from_options(run.search["options"])).run
+    assert states_agree(run, alone, 0)
+
+
 def without_seconds(found):
     if isinstance(found, dict):
         return {k: without_seconds(v) for k, v in found.items() if k != "seconds"}
@@ -432,6 +491,18 @@ def test_too_many_folds_and_nothing_to_fold(make_store: Callable, tmp_path):
         with pytest.raises(InputError, match=rf"--folds {folds} is too many for 45 labelled"):
             train(store, tmp_path / "run", config(folds=folds))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_head_on_a_run_that_saw_the_folds_is_refused(make_store: Callable, tmp_path):
+    store, base = make_store(), f"head.base={tmp_path / 'base'}"
+    train(store, tmp_path / "base", config(epochs=1))
+    boosted = config(head="boost", epochs=1, settings=(base,))
+    with pytest.raises(InputError, match=r"--folds with head.base=.*leave out --folds, or head.ba"):
+        train(store, tmp_path / "run", replace(boosted, folds=3))
+    assert not (tmp_path / "run").exists()
+    assert train(store, tmp_path / "seeds", replace(boosted, seeds=2)).run.search["seeds"]
+    alone = replace(boosted, settings=(), folds=2)
+    assert train(store, tmp_path / "folds", alone).run.search["folds"]
 
 
 def test_a_label_with_one_sample_is_no_trouble(make_store: Callable, tmp_path):

@@ -1,6 +1,8 @@
 """TensorBoard and MLflow: what they hold is what the run's history holds."""
 
 import csv
+import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,6 +193,42 @@ def test_a_tracker_that_cannot_start_is_said(make_store: Callable, tmp_path, mon
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "file" / "mlruns").as_uri())
     with pytest.raises(MmcError, match="--track mlflow: "):
         train(make_store(), tmp_path / "run", config("mlflow"))
+
+
+def test_a_server_that_is_not_there_is_said_at_once(make_store: Callable, tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    with socket.socket() as free:  # bound, and nobody listens
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{port}")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        # Were it asked, MLflow would try for minutes.
+        monkeypatch.setattr(trackers.MLflow, "__init__", lambda *_: pytest.fail("it was asked"))
+        said: list[str] = []
+        with pytest.raises(MmcError) as caught:
+            train(make_store(), tmp_path / "run", config("mlflow"), report=said.append)
+    assert str(caught.value).startswith(
+        f"--track mlflow: no server answers at http://127.0.0.1:{port} (Connection refused); "
+    )
+    assert said[-1] == f"logging to MLflow at http://127.0.0.1:{port}"
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.0 200 OK\r\n\r\n", b"HTTP/1.0 401 No\r\n\r\n", b""])
+def test_a_server_that_answers_anything_is_there(answer, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        assert trackers._unreachable(f"http://127.0.0.1:{server.getsockname()[1]}") == ""
+        thread.join()
 
 
 def test_a_tracker_that_fails_later_is_left(make_store: Callable, tmp_path, monkeypatch):
