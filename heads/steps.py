@@ -14,6 +14,7 @@ from mmc.heads.models import GROUP as HEAD_GROUP
 from mmc.heads.models import HEADS
 from mmc.heads.options import OptimConfig, TrainConfig
 from mmc.heads.runstate import run_state
+from mmc.heads.search.grid import settings as sweep_settings
 from mmc.heads.steps_after import BEST, Joined, Readers
 from mmc.store.chain import (
     ABSENT,
@@ -125,8 +126,10 @@ class _Heads:
         )
         with located(section.where, section.name):
             entry = lookup(HEADS, head, kind="head", group=HEAD_GROUP)
-            if config.loss is not None:
-                lookup(LOSSES, config.loss, kind="loss", group=LOSS_GROUP)
+            for setting in sweep_settings(config):
+                lookup(HEADS, setting.config.head, kind="head", group=HEAD_GROUP)
+                if setting.config.loss is not None:
+                    lookup(LOSSES, setting.config.loss, kind="loss", group=LOSS_GROUP)
             read = self._aliases_of(config.features)
         folder = self.recipe.path(f"runs/{name}")
         inputs: dict[str, Callable[[], str]] = {

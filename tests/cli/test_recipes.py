@@ -337,6 +337,8 @@ BAD = [
     ("{backbone}\n", "{backbone}\n  epoch: 3\n", ":6: extract has no key 'epoch'; known: "),
     ("epochs: 2", "epoch: 2", ":9: heads.linear has no key 'epoch'; did you mean epochs?"),
     ("epochs: 2", "epochs: many", ":9: heads.linear setting epochs='many' is not a whole number"),
+    ("epochs: 2", "sweep: [lr=1e-3|1e-2]", "heads.linear: --sweep setting lr='1e-3|1e-2' is not"),
+    ("epochs: 2", "sweep: ['loss=bce,bcee']", "bcee"),
     ("epochs: 2", "epochs: yes", ":9: heads.linear setting epochs=True is not a whole number"),
     ("epochs: 2", "epochs: 0", ":9: heads.linear.epochs: --epochs must be 1 or more"),
     ("epochs: 2", "epochs: 2\n    epochs: 3", ":10: 'epochs' is given twice, first in line 9"),
