@@ -19,6 +19,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from mmc.heads.runfiles import CHECKPOINTS, FILES, TENSORBOARD, write_atomic
+from mmc.store.atomic import differences as differences
 from mmc.store.errors import InputError, MmcError
 
 FILE = "last.safetensors"
@@ -110,20 +111,6 @@ def clear_run(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for name in (CHECKPOINTS, TENSORBOARD):
         shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """``key: before -> now`` of every leaf that differs."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = list(dict.fromkeys([*before, *now]))
-        return [
-            line
-            for key in keys
-            for line in differences(
-                before.get(key), now.get(key), f"{name}.{key}" if name else str(key)
-            )
-        ]
-    return [] if before == now else [f"{name}: {before} -> {now}"]
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -18,19 +18,18 @@ histories.csv      one row per epoch of every training
 out_of_fold.parquet   what heads that had not seen them said of the train and val samples
 """
 
-import contextlib
 import csv
 import hashlib
 import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmc.heads.metrics import HEADLINE
-from mmc.store.errors import FormatVersionError, InputError, MmcError
+from mmc.store.atomic import write_atomic as write_atomic
+from mmc.store.errors import FormatVersionError, InputError
 
 FORMAT = 1
 WEIGHTS, RECORD, HISTORY, CARD, CHECKPOINTS, RECIPE, TENSORBOARD = (
@@ -111,27 +110,6 @@ def check_output(path: str | Path) -> Path:
     elif folder.exists():
         raise InputError(f"{folder} is a file; name a folder for the run")
     return folder
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``path`` whole or not at all: beside it, synced, then renamed.
-
-    Raises:
-        MmcError: the disk is full or not ours to write.
-    """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise MmcError(f"cannot write {path}: {reason}; make room or rights, then go on") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ is in it: everything random follows from the seed, the epoch and the step.
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from mmc.store.atomic import differences
+from mmc.store.atomic import write_atomic as write_atomic
 from mmc.store.errors import InputError, MmcError
 
 CHECKPOINTS = "checkpoints"
@@ -56,7 +57,7 @@ class Checkpoints:
             raise InputError(
                 f"{self.path} is not a checkpoint ({error}); --overwrite starts again"
             ) from None
-        changed = _differences(saved["identity"], self._identity)
+        changed = differences(saved["identity"], self._identity)
         if changed:
             raise InputError(
                 f"{self.path.parents[1]} holds an unfinished training with other settings "
@@ -133,37 +134,3 @@ def _clear(folder: Path, names: Sequence[str]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write ``path`` whole or not at all: beside it, synced, then renamed.
-
-    Raises:
-        MmcError: the disk is full or not ours to write.
-    """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise MmcError(f"cannot write {path}: {reason}; make room or rights, then go on") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-
-
-def _differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """``key: before -> now`` of every leaf that differs."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        return [
-            line
-            for key in dict.fromkeys([*before, *now])
-            for line in _differences(
-                before.get(key), now.get(key), f"{name}.{key}" if name else str(key)
-            )
-        ]
-    return [] if before == now else [f"{name}: {before} -> {now}"]
