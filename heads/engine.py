@@ -21,6 +21,7 @@ from mmc.heads.distributed import Processes
 from mmc.heads.gradients import Gradients, JoinedGradients
 from mmc.heads.losses.base import Loss
 from mmc.heads.models.base import Batch, Head, Stage
+from mmc.heads.models.tokens import split
 from mmc.heads.optim import (
     Average,
     clip,
@@ -124,6 +125,7 @@ class Engine:
         self.batch_size, self.lr, self.optim, self.seed = batch_size, lr, optim, seed
         self.dtype = dtype
         self.device = train.targets.device
+        self.part_rows = head.part_rows if self.device.type == "cpu" else batch_size
         self.processes = processes
         self.steps = -(-len(train) // (min(batch_size, len(train)) * optim.accumulation))
         self.epochs = epochs or max(DEFAULT_EPOCHS, -(-DEFAULT_STEPS // self.steps))
@@ -206,7 +208,8 @@ class Engine:
             self.position.notes.append(f"{stage.name}: {stage.finish(measure)}")
 
     def _gradients(self, parameters: list[torch.nn.Parameter]) -> Gradients:
-        if self.optim.accumulation == 1 and self.processes.count == 1:
+        whole = self.optim.accumulation == 1 and self.part_rows >= self.batch_size
+        if whole and self.processes.count == 1:
             return Gradients(parameters)
         return JoinedGradients(parameters, self.loss, self.processes)
 
@@ -247,10 +250,14 @@ class Engine:
         if labels is not None:
             batch, targets = {**batch, "labels": labels}, _known(targets, labels)
         bf16 = self.dtype == torch.bfloat16
-        # Its cache outlives a step inside another autocast, with weights that have changed since.
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            logits = score(batch)
-        gradients.add(self.loss(logits, targets), targets)
+        rows = self.part_rows
+        for part, known in zip(split(batch, rows), targets.split(rows), strict=True):
+            # Its cache outlives a step inside another autocast, with weights that have changed.
+            with torch.autocast(
+                self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False
+            ):
+                logits = score(part)
+            gradients.add(self.loss(logits, known), known)
 
     def _step(
         self,

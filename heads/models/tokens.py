@@ -23,6 +23,8 @@ NOT_TOKENS = ("boxes", "image_places", "region_scores", "region_classes", "text_
 
 PASS_FLOATS = 64 << 20
 """Numbers that a pass without gradients may hold at a time: 256 MiB in float32."""
+PART_FLOATS = 16 << 20
+"""Numbers of the part of a batch that a CPU computes at a time."""
 STEP_FLOATS = 256 << 20
 """Numbers that a training step may hold, which bounds the default batch: about 1 GiB.
 
@@ -168,6 +170,7 @@ class TokenHead(Head):
     def set_memory(self, step_floats: int, pass_floats: int | None = None) -> None:
         """Numbers that a sample takes in a training step, and in a pass (None: as many)."""
         self.largest_batch = rows_at_once(step_floats, STEP_FLOATS)
+        self.part_rows = min(self.part_rows, rows_at_once(step_floats, PART_FLOATS))
         self.pass_floats = step_floats if pass_floats is None else pass_floats
 
     def prepare(self, batch: Batch) -> Batch:

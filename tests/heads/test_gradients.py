@@ -6,12 +6,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from mmc.heads.batches import ResidentBatches, Share
 from mmc.heads.distributed import Processes
 from mmc.heads.gradients import Gradients, JoinedGradients
 from mmc.heads.losses import LOSSES
 from mmc.heads.losses.base import Loss
+from mmc.heads.models.base import Batch
+from mmc.heads.models.fusion import Fusion
+from mmc.heads.models.linear import Linear
 from mmc.heads.options import TrainConfig
 from mmc.heads.trainer import train
 from mmc.store import EmbeddingStore
@@ -129,6 +133,43 @@ def test_accumulated_batches_train_as_the_joined_one(
         assert a["epoch"] == b["epoch"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["lr"] == b["lr"]
+
+
+@pytest.mark.parametrize("task", ["multilabel", "multiclass"])
+@pytest.mark.parametrize("settings", [(), ("loss.reduction=sum", "optim.clip_norm=0.5")])
+def test_a_batch_in_parts_trains_as_the_whole(
+    make_store: Callable, tmp_path, monkeypatch, task, settings
+):
+    """Batches of 12 in parts of 5, 5 and 2 rows; the last batch is shorter."""
+    settings = settings if task == "multilabel" else ("loss.pos_weight=auto",)
+    store = make_store(task, seed=1)
+    whole = weights(store, tmp_path / "whole", 12, 1, task, *settings)
+    monkeypatch.setattr(Linear, "part_rows", 5)
+    seen = []
+    score = Linear.score
+
+    def watched(self: Linear, prepared: Batch) -> Tensor:
+        logits = score(self, prepared)
+        if self.training:
+            seen.append(len(logits))
+        return logits
+
+    monkeypatch.setattr(Linear, "score", watched)
+    parts = weights(store, tmp_path / "parts", 12, 1, task, *settings)
+    assert set(seen[:3]) == {5, 2}
+    assert max(seen) == 5
+    for key, value in whole.state.items():
+        torch.testing.assert_close(parts.state[key], value, rtol=1e-4, atol=1e-5)
+    for a, b in zip(whole.history, parts.history, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_parts_are_smaller_where_samples_are_larger():
+    def rows(tokens: int) -> int:
+        return Fusion({"image_tokens": (tokens, 64)}, 3, Fusion.Config()).part_rows
+
+    assert rows(1) > rows(64) > rows(1024) >= 1
+    assert rows(1) <= Linear.part_rows
 
 
 def test_defaults_count_the_rows_of_a_step(make_store: Callable, tmp_path):
