@@ -1,6 +1,7 @@
 """Training on a store larger than the memory allowed, against the disk and against memory.
 
     python benchmarks/bench_stream.py [--rows 400000] [--dim 1024] [--max-memory 80M] [--folder DIR]
+                                      [--disk-rate 200M]
 
 Epochs of a linear head over a streamed store are measured against
 
@@ -9,7 +10,13 @@ Epochs of a linear head over a streamed store are measured against
 
 once with the files in the page cache and once without (they are dropped from it before every
 epoch; what the disk really gave is counted). Rounds are interleaved, ratios are within a round.
-A streamed epoch cannot be faster than the slower of the two; `bound` is that one.
+A streamed epoch cannot be faster than the slower of the two, `bound`; nor, where a step keeps all
+processors busy, than the processors can do all that there is to do: `processors` is the time of
+reading, of preparing all rows and of an epoch in memory, divided among them.
+
+That is done for a step of the usual cost (80 labels, the default batch) and for a cheap one (20
+labels, batches of 16,384). With --disk-rate a slow disk is simulated besides: both contenders wait
+before each read until a bucket that fills at that rate holds its bytes.
 """
 
 import argparse
@@ -23,6 +30,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -31,18 +39,20 @@ import torch
 from bench_heads import effective_cores
 
 from mmc.heads import memory
-from mmc.heads.batches import READERS, ResidentData, load_prepared
+from mmc.heads.batches import READERS, ResidentData, largest_tile, load_prepared
 from mmc.heads.devices import pick_device, training_dtype
 from mmc.heads.engine import Engine
 from mmc.heads.losses.bce import BCE
 from mmc.heads.models.linear import Linear, LinearConfig
 from mmc.heads.options import OptimConfig, TrainConfig
-from mmc.heads.streaming import HELD, StreamedData
+from mmc.heads.streaming import StreamedData
 from mmc.heads.trainer import train
 from mmc.heads.training import default_batch
 from mmc.store import EmbeddingStore, FieldSpec
+from mmc.store.mapped import MappedShard
 
 LABELS, VAL_ROWS = 80, 64
+CHEAP_LABELS, CHEAP_BATCH = 20, 16_384
 FEATURES = {"image": "a/image"}
 READ_BYTES = 4 << 20
 
@@ -83,14 +93,46 @@ def drop(files: list[Path]) -> None:
         os.close(descriptor)
 
 
-def read_files(files: list[Path]) -> None:
+class SlowDisk:
+    """What all threads together may read, at ``rate`` bytes a second."""
+
+    def __init__(self, rate: int) -> None:
+        self.rate = rate
+        self._lock = threading.Lock()
+        self._free = 0.0
+
+    def wait(self, size: int) -> None:
+        """Until so many bytes more may be read. A disk saves up nothing while it is idle."""
+        with self._lock:
+            self._free = max(self._free, time.perf_counter()) + size / self.rate
+            until = self._free
+        time.sleep(max(until - time.perf_counter(), 0))
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """The shards of stores are read from it."""
+        copy = MappedShard._copy
+
+        def slow(shard: MappedShard, descriptor: int, buffers: list[Any], offset: int) -> None:
+            self.wait(sum(map(len, buffers)))
+            copy(shard, descriptor, buffers, offset)
+
+        MappedShard._copy = slow  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            MappedShard._copy = copy  # type: ignore[method-assign]
+
+
+def read_files(files: list[Path], disk: SlowDisk | None = None) -> None:
     """Read everything, and do nothing with it."""
 
     def read(path: Path) -> None:
         buffer = bytearray(READ_BYTES)
         with open(path, "rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
+            while size := file.readinto(buffer):
+                if disk:
+                    disk.wait(size)
 
     with ThreadPoolExecutor(READERS) as pool:
         list(pool.map(read, files))
@@ -124,28 +166,38 @@ def peak_memory() -> Iterator[Callable[[], int]]:
 class Epochs:
     """Epochs of one head over one store, streamed or in memory."""
 
-    def __init__(self, store: EmbeddingStore, device: torch.device, max_memory: int | None) -> None:
-        self.store, self.device = store, device
+    def __init__(
+        self,
+        store: EmbeddingStore,
+        device: torch.device,
+        max_memory: int | None,
+        labels: int = LABELS,
+        batch_size: int | None = None,
+    ) -> None:
+        self.store, self.device, self.labels = store, device, labels
         self.rows, self.dim = len(store), store["a/image"].shape[1]
         self.dtype = training_dtype("auto", device)
-        self.head = Linear({"image": (self.dim,)}, LABELS, LinearConfig()).to(device)
+        self.head = Linear({"image": (self.dim,)}, labels, LinearConfig()).to(device)
         self.everything = np.arange(self.rows)
-        self.batch_size = default_batch(self.rows, device)
-        self.row_bytes = self.dim * self.dtype.itemsize
-        needed = self.rows * (self.row_bytes + LABELS)
-        self.plan = memory.plan(
-            train=(self.rows, self.row_bytes),
-            val=(0, 0),
-            targets=LABELS,
-            budget=max_memory or self.rows * LABELS + self.rows * self.row_bytes // 10,
+        self.batch_size = batch_size or default_batch(self.rows, device)
+        row = self.dim * self.dtype.itemsize
+        needs = memory.Needs(
+            train_rows=self.rows,
+            val_rows=0,
             batch_size=self.batch_size,
-            windows=HELD,
+            stored=self.dim * 2,
+            prepared=row,
+            val_prepared=self.dim * 4,
+            target=labels * 4,
+            labels=self.rows * labels,
+            score=labels * 4,
+            tile=largest_tile(self.head, device),
         )
-        self.needed = needed
+        self.plan = memory.plan(needs, max_memory or self.rows * (labels + row // 10))
 
     def targets(self) -> torch.Tensor:
         """Random ones; drawn piece by piece, since their memory is measured."""
-        targets = torch.empty(self.rows, LABELS, dtype=torch.int8, device=self.device)
+        targets = torch.empty(self.rows, self.labels, dtype=torch.int8, device=self.device)
         for part in targets.split(1024):
             part.random_(0, 10).eq_(0)
         return targets
@@ -161,6 +213,9 @@ class Epochs:
             device=self.device,
             dtype=self.dtype,
             window_rows=self.plan.window_rows,
+            buffers=self.plan.buffers,
+            block_bytes=self.plan.block,
+            tile_bytes=self.plan.tile,
         )
 
     def resident(self, targets: torch.Tensor, rows: int) -> ResidentData:
@@ -169,6 +224,21 @@ class Epochs:
         dtype = self.dtype if rows > VAL_ROWS else torch.float32
         inputs = load_prepared(self.store, FEATURES, taken, self.head, self.device, dtype)
         return ResidentData(inputs=inputs, targets=targets[:rows])
+
+    def prepare(self) -> None:
+        """Read all rows and prepare them, in this thread, and do nothing with them."""
+        data = StreamedData(
+            self.store,
+            FEATURES,
+            self.everything,
+            torch.empty(self.rows, 0, device=self.device),
+            self.head,
+            device=self.device,
+            dtype=self.dtype,
+        )
+        out = data.preparer.room(max(b - a for a, b in data.reader.blocks), data.reader.sample())
+        for block in data.reader.blocks:
+            data.preparer.put(data.reader.read(block)[0], out, 0)
 
     def run(self, data: StreamedData | ResidentData, val: ResidentData) -> None:
         """One epoch."""
@@ -197,19 +267,26 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=400_000)
     parser.add_argument("--dim", type=int, default=1024)
     parser.add_argument("--max-memory", help="as of train-head (default: targets + a tenth)")
+    parser.add_argument("--disk-rate", help="bytes a second of a simulated slow disk, as 200M")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary one)")
     args = parser.parse_args()
     limit = memory.parse_size(args.max_memory) if args.max_memory else None
+    disk = SlowDisk(memory.parse_size(args.disk_rate)) if args.disk_rate else None
+    device = pick_device(args.device)
     folder = Path(tempfile.mkdtemp(prefix="mmc-bench-", dir=args.folder))
     try:
         store = make_store(folder / "store", args.rows, args.dim)
         files = sorted((folder / "store").glob("features/a/image/c.*"))
         print(f"effective cores before: {effective_cores():.2f}")
-        epochs = Epochs(store, pick_device(args.device), limit)
-        run(epochs, files, args.rounds)
-        whole(epochs, folder, args.device)
+        usual = Epochs(store, device, limit)
+        cheap = Epochs(store, device, limit, CHEAP_LABELS, CHEAP_BATCH)
+        for epochs in (usual, cheap):
+            run(epochs, files, args.rounds)
+            if disk:
+                run_slow(epochs, files, min(args.rounds, 3), disk)
+        whole(usual, folder, args.device)
         print(f"effective cores after: {effective_cores():.2f}")
     finally:
         shutil.rmtree(folder)
@@ -217,23 +294,24 @@ def main() -> None:
 
 def whole(epochs: Epochs, folder: Path, device: str) -> None:
     """Memory of a whole training of one epoch, from opening the store to the saved run."""
-    shown, budget = memory.shown, epochs.plan.budget
-    for name, limit in (("resident", None), ("streamed", f"{budget}")):
+    shown, plan = memory.shown, epochs.plan
+    for name, limit in (("resident", None), ("streamed", f"{plan.budget}")):
         config = TrainConfig(epochs=1, max_memory=limit, device=device)
         with peak_memory() as peak:
             train(EmbeddingStore.open(epochs.store.path), folder / name, config)
             said = f"train-head, {name}: memory grew by {shown(peak())}"
-        print(f"{said} ({shown(epochs.needed if limit is None else budget)} for data)")
+        print(f"{said} ({shown(plan.resident if limit is None else plan.budget)} for data)")
 
 
 def run(epochs: Epochs, files: list[Path], rounds: int) -> None:
     """Memory of each kind of epoch first, then interleaved rounds."""
-    rows, size = epochs.rows, sum(path.stat().st_size for path in files)
-    shown = memory.shown
+    rows, plan, shown = epochs.rows, epochs.plan, memory.shown
+    size = sum(path.stat().st_size for path in files)
     print(
-        f"{rows:,} x {epochs.dim} float16, {shown(epochs.needed)} prepared with targets, "
-        f"{shown(epochs.plan.budget)} allowed: windows of {epochs.plan.window_rows:,} rows, "
-        f"batch {epochs.batch_size}, {epochs.device}, {READERS} reading threads"
+        f"\n{epochs.labels} labels, batch {epochs.batch_size:,}: {rows:,} x {epochs.dim} float16, "
+        f"{shown(plan.resident)} prepared with targets, {shown(plan.budget)} allowed: windows of "
+        f"{plan.window_rows:,} rows, {plan.buffers} batches; {epochs.device}, "
+        f"{torch.get_num_threads()} threads, {READERS} more read and {READERS} prepare"
     )
     some = epochs.resident(epochs.targets(), VAL_ROWS)
     # What a step of any training takes is not the data's.
@@ -242,13 +320,13 @@ def run(epochs: Epochs, files: list[Path], rounds: int) -> None:
         targets = epochs.targets()
         streamed = epochs.streamed(targets)
         epochs.run(streamed, some)
-        print(f"streamed: memory grew by {shown(peak())} ({shown(epochs.plan.budget)} allowed)")
+        print(f"streamed: memory grew by {shown(peak())} ({shown(plan.budget)} allowed)")
     del streamed, targets
     with peak_memory() as peak:
         targets = epochs.targets()
         resident = epochs.resident(targets, rows)
         epochs.run(resident, some)
-        print(f"resident: memory grew by {shown(peak())} ({shown(epochs.needed)} is data)")
+        print(f"resident: memory grew by {shown(peak())} ({shown(plan.resident)} is data)")
     streamed = epochs.streamed(targets)
     disk = [0.0]
 
@@ -260,44 +338,93 @@ def run(epochs: Epochs, files: list[Path], rounds: int) -> None:
 
         return dropped
 
-    works: dict[str, Callable[[], None]] = {
-        "read, cold": cold(lambda: read_files(files)),
-        "streamed, cold": cold(lambda: epochs.run(streamed, some)),
-        "read, cached": lambda: read_files(files),
-        "streamed, cached": lambda: epochs.run(streamed, some),
-        "resident": lambda: epochs.run(resident, some),
-    }
-    times: dict[str, list[float]] = {name: [] for name in works}
-    cpu: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(rounds + 1):
+    times, cpu = measured(
+        {
+            "read, cold": cold(lambda: read_files(files)),
+            "streamed, cold": cold(lambda: epochs.run(streamed, some)),
+            "read, cached": lambda: read_files(files),
+            "streamed, cached": lambda: epochs.run(streamed, some),
+            "resident": lambda: epochs.run(resident, some),
+            "read and prepare": epochs.prepare,
+        },
+        files,
+        rounds,
+    )
+    table(times, cpu, rows, size)
+    print(f"of the files, cold epochs took from the disk: {min(disk[1:]):.2f} or more")
+    cores = len(os.sched_getaffinity(0))
+    processors = [
+        (a + b) / cores for a, b in zip(cpu["resident"], cpu["read and prepare"], strict=True)
+    ]
+    for kind in ("cold", "cached"):
+        bound = list(map(max, times[f"read, {kind}"], times["resident"]))
+        times[f"bound, {kind}"] = bound
+        times[f"bound and processors, {kind}"] = list(map(max, bound, processors))
+    for kind in ("cold", "cached"):
+        for other in ("read", "bound", "bound and processors"):
+            compare(times, f"streamed, {kind}", f"{other}, {kind}")
+    compare(times, "streamed, cached", "resident")
+
+
+def run_slow(epochs: Epochs, files: list[Path], rounds: int, disk: SlowDisk) -> None:
+    """The same from a disk that is made slow."""
+    print(f"a slow disk is SIMULATED: {memory.shown(disk.rate)}/s for all threads together")
+    targets = epochs.targets()
+    some, streamed = epochs.resident(targets, VAL_ROWS), epochs.streamed(targets)
+
+    def from_it() -> None:
+        with disk.in_use():
+            epochs.run(streamed, some)
+
+    epochs.run(streamed, some)  # compares the checksums, for which parts of chunks are read twice
+    times, cpu = measured(
+        {"read, slow disk": lambda: read_files(files, disk), "streamed, slow disk": from_it},
+        files,
+        rounds,
+        warm=False,
+    )
+    table(times, cpu, epochs.rows, sum(path.stat().st_size for path in files))
+    compare(times, "streamed, slow disk", "read, slow disk")
+
+
+Seconds = dict[str, list[float]]
+
+
+def measured(
+    works: dict[str, Callable[[], None]], files: list[Path], rounds: int, *, warm: bool = True
+) -> tuple[Seconds, Seconds]:
+    """Seconds, and seconds of processors, of each round; the first one is not counted if warm."""
+    times: Seconds = {name: [] for name in works}
+    cpu: Seconds = {name: [] for name in works}
+    for number in range(rounds + warm):
         for name, work in works.items():
             if name.endswith("cold"):
                 drop(files)
             started, used = time.perf_counter(), time.process_time()
             work()
-            if number:
+            if number >= warm:
                 times[name].append(time.perf_counter() - started)
                 cpu[name].append(time.process_time() - used)
+    return times, cpu
+
+
+def table(times: Seconds, cpu: Seconds, rows: int, size: int) -> None:
+    """Medians."""
     for name, values in times.items():
         middle = statistics.median(values)
         print(
-            f"{name:18}{rows / middle:14,.0f} rows/s{size / middle / 1e9:8.2f} GB/s"
+            f"{name:20}{rows / middle:14,.0f} rows/s{size / middle / 1e9:8.2f} GB/s"
             f"{statistics.median(cpu[name]):8.2f} s of processors"
         )
-    print(f"of the files, cold epochs took from the disk: {min(disk[1:]):.2f} or more")
-    times["bound, cold"] = list(map(max, times["read, cold"], times["resident"]))
-    times["bound, cached"] = list(map(max, times["read, cached"], times["resident"]))
-    for top, bottom in (
-        ("streamed, cold", "read, cold"),
-        ("streamed, cold", "bound, cold"),
-        ("streamed, cached", "read, cached"),
-        ("streamed, cached", "resident"),
-    ):
-        ratios = sorted(b / a for a, b in zip(times[top], times[bottom], strict=True))
-        print(
-            f"rate of {top} ÷ {bottom}: {statistics.median(ratios):.2f} "
-            f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        )
+
+
+def compare(times: Seconds, top: str, bottom: str) -> None:
+    """Rate of one over that of another, within rounds."""
+    ratios = sorted(b / a for a, b in zip(times[top], times[bottom], strict=True))
+    print(
+        f"rate of {top} ÷ {bottom}: {statistics.median(ratios):.2f} "
+        f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
+    )
 
 
 if __name__ == "__main__":

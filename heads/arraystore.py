@@ -47,13 +47,16 @@ class ArrayFeature:
         """(n,) True: every sample is there."""
         return np.ones(len(self), bool)
 
-    def take(self, rows: Rows | slice, **_: Any) -> Array:
+    def take(self, rows: Rows | slice, *, out: Array | None = None, **_: Any) -> Array:
         """A copy of ``rows``: the caller's array may be read-only, and is never written to.
 
         What else :meth:`mmc.store.Feature.take` can be told is of no matter here: no sample is
         missing, and no checksum exists.
         """
-        return np.array(self._values[rows])
+        if out is None:
+            return np.array(self._values[rows])
+        np.copyto(out, self._values[rows])
+        return out
 
 
 @dataclass(frozen=True)

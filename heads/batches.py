@@ -6,6 +6,7 @@ Legend: n rows used, B samples in a batch, C labels.
 import itertools
 import math
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from mmc.heads.models.base import Batch, Head
 
 if TYPE_CHECKING:
     from mmc.store import EmbeddingStore
+    from mmc.store.feature import Feature
 
 BLOCK_BYTES = 8 << 20
 """Read at a time by one thread, of all fields together."""
@@ -30,6 +32,10 @@ TILE_BYTES = {"cpu": 1 << 20}
 its memory again: larger tensors are mapped anew by every operation, which took four times as
 long."""
 TILE_BYTES_ELSEWHERE = 64 << 20
+WINDOWS = 2
+"""In memory at a time where rows are streamed: batches come from one while the other is filled."""
+BLOCKS_PER_WINDOW = 16
+"""Blocks are made so small that a window mixes at least so many."""
 BLOCK_ROWS = 8192
 """Prepared rows that are scored at a time."""
 MOST_READERS = 4
@@ -56,7 +62,8 @@ class Reader:
         self.rows = rows
         self._stored = {role: store[name] for role, name in features.items()}
         size = max(stored_bytes(store, features), 1)
-        step = max(MIN_BLOCK_ROWS, (block_bytes or BLOCK_BYTES) // size)
+        most = BLOCK_BYTES if block_bytes is None else block_bytes
+        step = max(MIN_BLOCK_ROWS, most // size)
         # Whole chunks where there is room for one: checksums are of chunks.
         chunk = max(feature.chunk_rows for feature in self._stored.values())
         step = step // chunk * chunk or step
@@ -65,48 +72,113 @@ class Reader:
             (int(first), int(last)) for first, last in itertools.pairwise(cuts) if first < last
         ]
         """(first, last) places in ``rows`` of each block, ascending, none empty."""
+        runs = (int(rows[last - 1] - rows[first]) + 1 for first, last in self.blocks)
+        self._longest = max(runs, default=0)
+        self._local = threading.local()
 
-    def read(self, block: tuple[int, int]) -> Batch:
-        """The fields of the rows of one block as they are stored, in main memory.
+    def read(self, block: tuple[int, int]) -> tuple[Batch, Tensor | None]:
+        """The fields of a run of rows as they are stored, and which of them are those of the block.
 
-        Whole runs are read, so that checksums are compared.
+        int64 places in the run, or None: all of them. Whole runs are read, so that checksums are
+        compared. They lie in main memory, of the thread that reads: its next block overwrites it.
         """
-        first, last = block
-        low, high = int(self.rows[first]), int(self.rows[last - 1]) + 1
-        wanted = torch.from_numpy(self.rows[first:last] - low)
-        batch = {}
+        low, high, wanted = self._run(block)
+        room = self._own_room("cpu")
+        return {
+            role: _take(feature, low, high, room[role]) for role, feature in self._stored.items()
+        }, wanted
+
+    def read_into(self, block: tuple[int, int], out: Batch) -> None:
+        """The fields of the rows of one block, put into ``out``, so many rows of each.
+
+        On a GPU they are copied by the current stream, which is waited for.
+        """
+        low, high, wanted = self._run(block)
         for role, feature in self._stored.items():
-            values = torch.from_numpy(feature.take(slice(low, high), missing="fill"))
-            batch[role] = values[wanted] if len(wanted) < len(values) else values
-        return batch
+            place = out[role]
+            if wanted is None and place.device.type == "cpu":
+                _take(feature, low, high, place)
+                continue
+            room = self._own_room(place.device.type)[role]
+            values = _take(feature, low, high, room).to(place.device, non_blocking=True)
+            if wanted is None:
+                place.copy_(values)
+            else:
+                torch.index_select(values, 0, wanted.to(place.device), out=place)
+            if place.device.type == "cuda":
+                torch.cuda.current_stream(place.device).synchronize()
 
     def sample(self) -> Batch:
         """The fields of the first row."""
-        first = self.blocks[0][0]
-        return self.read((first, first + 1))
+        row = int(self.rows[0])
+        return {
+            role: torch.from_numpy(feature.take(slice(row, row + 1), missing="fill"))
+            for role, feature in self._stored.items()
+        }
+
+    def room(self, rows: int, device: torch.device, *, pinned: bool = False) -> Batch:
+        """Tensors for the fields of so many rows as they are stored, not yet filled."""
+        return {
+            role: torch.empty(
+                (rows, *feature.shape[1:]),
+                dtype=torch.from_numpy(np.empty(0, feature.dtype)).dtype,
+                device=device,
+                pin_memory=pinned,
+            )
+            for role, feature in self._stored.items()
+        }
+
+    def _own_room(self, device: str) -> Batch:
+        """Room of this thread for the longest run: fresh pages cost more than the copy."""
+        if not hasattr(self._local, "room"):
+            pinned = device == "cuda"
+            self._local.room = self.room(self._longest, torch.device("cpu"), pinned=pinned)
+        room: Batch = self._local.room
+        return room
+
+    def _run(self, block: tuple[int, int]) -> tuple[int, int, Tensor | None]:
+        """Its first row of the store, the one after its last, and which of them; None: all."""
+        first, last = block
+        low, high = int(self.rows[first]), int(self.rows[last - 1]) + 1
+        if high - low == last - first:
+            return low, high, None
+        return low, high, torch.from_numpy(self.rows[first:last] - low)
+
+
+def _take(feature: "Feature", low: int, high: int, room: Tensor) -> Tensor:
+    """A run of rows, read into the first places of ``room``."""
+    values = room[: high - low]
+    feature.take(slice(low, high), missing="fill", out=values.numpy())
+    return values
 
 
 def tiles(
-    stored: Batch, device: torch.device, most: int | None = None
+    stored: Batch, device: torch.device, most: int, index: Tensor | None = None
 ) -> Iterator[tuple[int, Batch]]:
     """Stored fields piece by piece on ``device``, as (first row, batch); floats as float32.
 
     Args:
-        most: bytes of a piece; None: what is fast on the device.
+        most: bytes of a piece.
+        index: int64, which rows; None: all, in their order.
     """
-    rows = len(next(iter(stored.values())))
+    rows = len(next(iter(stored.values()))) if index is None else len(index)
     values = sum(math.prod(field.shape[1:]) for field in stored.values())
-    most = most or TILE_BYTES.get(device.type, TILE_BYTES_ELSEWHERE)
     step = max(1, most // (4 * max(values, 1)))
     for start in range(0, rows, step):
+        part = slice(start, start + step)
         batch = {}
         for role, field in stored.items():
-            tile = field[start : start + step]
-            if device.type == "cuda":
+            tile = field[part] if index is None else field.index_select(0, index[part])
+            if device.type == "cuda" and tile.device.type == "cpu":
                 tile = tile.pin_memory()
             tile = tile.to(device, non_blocking=True)
             batch[role] = tile.float() if tile.is_floating_point() else tile
         yield start, batch
+
+
+def default_tile(device: torch.device) -> int:
+    """Bytes, as float32, that are prepared at a time where nothing speaks against it."""
+    return TILE_BYTES.get(device.type, TILE_BYTES_ELSEWHERE)
 
 
 def stored_bytes(store: "EmbeddingStore", features: Mapping[str, str]) -> int:
@@ -120,17 +192,28 @@ def raw_blocks(
 ) -> Iterator[tuple[int, Batch]]:
     """The fields of ascending ``rows``, as (place in ``rows``, batch); one block is held."""
     reader = Reader(store, features, rows)
-    for first, last in reader.blocks:
-        for start, batch in tiles(reader.read((first, last)), device):
-            yield first + start, batch
+    for block in reader.blocks:
+        stored, index = reader.read(block)
+        for start, batch in tiles(stored, device, default_tile(device), index):
+            yield block[0] + start, batch
 
 
 class Preparer:
-    """Puts what a head prepares of stored fields where it is asked to, on ``device``."""
+    """Puts what a head prepares of stored fields where it is asked to, on ``device``.
 
-    def __init__(self, head: Head, device: torch.device, dtype: torch.dtype) -> None:
+    Args:
+        tile_bytes: prepared at a time; None: what is fast on the device.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        device: torch.device,
+        dtype: torch.dtype,
+        tile_bytes: int | None = None,
+    ) -> None:
         self._head, self._device, self._dtype = head, device, dtype
-        self._most = TILE_BYTES_ELSEWHERE if head.prepares_by_network else None
+        self._most = tile_bytes or largest_tile(head, device)
 
     @torch.no_grad()
     def room(self, rows: int, stored: Batch, keys: Sequence[str] | None = None) -> Batch:
@@ -140,7 +223,7 @@ class Preparer:
             stored: fields of a row or more, to see what becomes of them.
             keys: of what the head prepares; None: all.
         """
-        _, first = next(tiles({role: field[:1] for role, field in stored.items()}, self._device))
+        _, first = next(tiles({role: field[:1] for role, field in stored.items()}, self._device, 1))
         sample = self._head.prepare(first)
         return {
             key: sample[key].new_empty(
@@ -151,13 +234,22 @@ class Preparer:
         }
 
     @torch.no_grad()
-    def put(self, stored: Batch, out: Batch, place: int) -> None:
-        """Prepare stored fields; their rows go to the places of ``out`` from ``place`` on."""
-        for start, batch in tiles(stored, self._device, self._most):
+    def put(self, stored: Batch, out: Batch, place: int, index: Tensor | None = None) -> None:
+        """Prepare stored fields; their rows go to the places of ``out`` from ``place`` on.
+
+        Args:
+            index: int64, where the fields are, which rows in which order; None: all.
+        """
+        for start, batch in tiles(stored, self._device, self._most, index):
             prepared = self._head.prepare(batch)
             for key, room in out.items():
                 values = prepared[key]
                 room[place + start : place + start + len(values)] = values
+
+
+def largest_tile(head: Head, device: torch.device) -> int:
+    """Bytes, as float32, that ``head`` prepares at a time where nothing speaks against it."""
+    return TILE_BYTES_ELSEWHERE if head.prepares_by_network else default_tile(device)
 
 
 @contextmanager
@@ -182,19 +274,27 @@ def load_prepared(
     head: Head,
     device: torch.device,
     dtype: torch.dtype,
+    *,
+    block_bytes: int | None = None,
+    tile_bytes: int | None = None,
 ) -> Batch:
     """What ``head.score`` reads of ``rows``, resident on ``device``; floats as ``dtype``.
 
     There is never a second full copy: a block is read, prepared and put in its place.
+
+    Args:
+        block_bytes: read at a time by one thread; None: `BLOCK_BYTES`.
+        tile_bytes: prepared at a time; None: what is fast on the device.
     """
-    reader = Reader(store, features, rows)
+    reader = Reader(store, features, rows, block_bytes=block_bytes)
     if not reader.blocks:
         return {}
-    preparer = Preparer(head, device, dtype)
+    preparer = Preparer(head, device, dtype, tile_bytes)
     resident = preparer.room(len(rows), reader.sample())
 
     def load(block: tuple[int, int]) -> None:
-        preparer.put(reader.read(block), resident, block[0])
+        stored, index = reader.read(block)
+        preparer.put(stored, resident, block[0], index)
 
     with reading_threads() as pool:
         # Asked for its results, so that an error is raised here.

@@ -357,7 +357,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
             say(line)
         head, loss = setup.build()
         place = setup.place(head)
-        if place.window_rows:
+        if place.streamed:
             say(memory.describe(place))
         position = setup.fit(head, loss, None, place, lambda stage, done, total: None)
         for line in [*stage_lines(position), *position.notes]:

@@ -1,13 +1,16 @@
 """How much memory training data may take, and whether it fits."""
 
+import bisect
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 import torch
 
+from mmc.heads import batches
+from mmc.heads.batches import BLOCK_BYTES, BLOCKS_PER_WINDOW, MOST_READERS, WINDOWS
 from mmc.heads.launch import launched_here
 from mmc.store.errors import InputError
 
@@ -16,7 +19,24 @@ SHARE = {"cpu": 0.5}
 SHARE_ELSEWHERE = 0.75
 
 VAL_SHARE = 0.25
-"""Of the budget, at most, for validation rows where training rows are streamed."""
+"""Of what is left, at most, for validation rows where training rows are streamed."""
+
+BUFFERS = 3
+"""Batches in memory at most: one that is used, one that waits, one that is being filled."""
+BLOCKS_PER_BUDGET = 64
+TILES_PER_BUDGET = 128
+"""So that what threads read and prepare stays a small part of a small budget."""
+LEAST_TILE = 16 << 10
+TILE_COPIES = 4
+"""What preparing takes of memory, in tiles: the fields as stored and as float32, and what is made
+of them."""
+SCORES = 5
+"""What validation takes of memory, in matrices of logits: the logits in blocks and in one piece,
+and what the loss makes of them."""
+ORDER_BYTES = 24
+"""Of a row whose place in the order is drawn: that, and the row's number."""
+ROW_BYTES = 8
+"""Of the number of a row."""
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", re.I)
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -64,52 +84,165 @@ def _container_free() -> float:
     return limit - used + int(cache)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a training reads and makes of it, in rows and bytes."""
+
+    train_rows: int
+    """0: nothing is trained."""
+    val_rows: int
+    batch_size: int
+    stored: int
+    """Of a row of all fields, as they are stored."""
+    prepared: int
+    """Of a prepared training row."""
+    val_prepared: int
+    """Of a prepared validation row."""
+    target: int
+    """Of the targets of a row in a batch."""
+    labels: int
+    """Of the labels and targets of all rows, which are in memory in any case."""
+    score: int
+    """Of the logits of a validation row."""
+    tile: int
+    """Of what is best prepared at a time, as float32."""
+    processes: int = 1
+    """That share the training rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What of the training data is in memory."""
 
-    window_rows: int
-    """Training rows in a window; 0: all rows are in memory at once."""
-    val_rows: int
-    """Validation rows in memory; fewer than there are: all are read again for each validation."""
-    needed: int
-    """Bytes that everything would take."""
+    needs: Needs
     budget: int
     """Bytes that it may take."""
+    resident: int
+    """Bytes that it would take with all rows in memory."""
+    window_rows: int = 0
+    """Training rows in a window; 0: all rows are in memory at once, prepared."""
+    val_streamed: bool = False
+    """Whether the validation rows are read again for each validation."""
+    buffers: int = 1
+    """Batches: one that is used, and those that are prepared meanwhile, where rows are streamed."""
+    tile: int
+    """Bytes that are prepared at a time, as float32."""
+    block: int
+    """Bytes that a thread reads at a time, as they are stored."""
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What takes how many bytes, at most."""
+        needs = self.needs
+        rows = -(-needs.train_rows // needs.processes)
+        block = max(self.block, batches.MIN_BLOCK_ROWS * needs.stored)
+        if self.window_rows:
+            window = -(-max(self.window_rows, batches.MIN_BLOCK_ROWS) // needs.processes)
+            if needs.processes > 1:  # of each block it may have a row more than the others
+                window += BLOCKS_PER_WINDOW
+            windows = 1 if self.window_rows >= needs.train_rows else WINDOWS
+            train = windows * min(window, needs.train_rows) * needs.stored
+            order = ORDER_BYTES * self.window_rows
+        else:
+            train, order = rows * needs.prepared, ORDER_BYTES * needs.train_rows
+        val = needs.val_rows * needs.val_prepared
+        if self.val_streamed:
+            val = (MOST_READERS + 2) * block * needs.val_prepared // max(needs.stored, 1)
+        batch = min(needs.batch_size, needs.train_rows)
+        return {
+            "labels": needs.labels + ROW_BYTES * (needs.train_rows + needs.val_rows),
+            "training rows": train + order,
+            "batches": self.buffers * batch * (needs.prepared + needs.target),
+            "validation rows": val,
+            "scores of validation rows": SCORES * needs.val_rows * needs.score,
+            "reading": MOST_READERS * block,
+            # A row is prepared whole; as float32 it may be twice as large as it is stored.
+            "preparing": MOST_READERS * TILE_COPIES * max(self.tile, 2 * needs.stored),
+        }
+
+    @property
+    def streamed(self) -> bool:
+        """Whether rows are read again while training."""
+        return self.window_rows > 0 or self.val_streamed
+
+    @property
+    def bytes(self) -> int:
+        """Of everything that is planned."""
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether it does."""
+        return self.bytes <= self.budget
 
 
-def plan(
-    *,
-    train: tuple[int, int],
-    val: tuple[int, int],
-    targets: int,
-    budget: int,
-    batch_size: int,
-    windows: float,
-) -> Plan:
-    """Keep everything in memory if it fits, else stream the training rows.
+def plan(needs: Needs, budget: int) -> Plan:
+    """Keep everything in memory if it fits, else stream what does not; see ``Plan.fits``."""
+    tile = min(needs.tile, max(budget // TILES_PER_BUDGET, LEAST_TILE))
+    block = min(BLOCK_BYTES, budget // BLOCKS_PER_BUDGET)
+    whole = Plan(needs=needs, budget=budget, resident=0, tile=tile, block=block)
+    whole = replace(whole, resident=whole.bytes)
+    if whole.fits:
+        return whole
+    fewest = min(needs.batch_size, needs.train_rows)
+    small = replace(whole, window_rows=fewest)
+    room = budget - small.bytes + small.parts["validation rows"]
+    val = small.parts["validation rows"] > room * VAL_SHARE
+    small = replace(small, val_streamed=val and needs.val_rows > 0)
+    if not needs.train_rows and small.fits:
+        return small
+    # As they are stored all rows may fit: then they are read once.
+    tries = [(needs.train_rows, count) for count in (BUFFERS, 2)]
+    tries += [(count * fewest, count) for count in range(BUFFERS, 0, -1)]
+    for window, count in tries:
+        found = replace(small, window_rows=min(window, needs.train_rows), buffers=count)
+        if found.fits:
+            return _widest(found)
+    least = min(
+        (
+            replace(small, val_streamed=streamed, tile=min(tile, LEAST_TILE), block=0)
+            for streamed in {False, needs.val_rows > 0}
+        ),
+        key=lambda place: place.bytes,
+    )
+    return _widest(least) if least.fits else least
 
-    Args:
-        train, val: rows, and bytes of a prepared row.
-        targets: bytes of a row's targets, which are in memory in any case.
-        budget: bytes for all of them.
-        batch_size: a window is never smaller.
-        windows: how many windows' worth of rows is in memory at a time.
+
+def _widest(found: Plan) -> Plan:
+    """With the largest window that fits, where one rows does."""
+    sizes = range(found.window_rows, found.needs.train_rows)
+    fitting = bisect.bisect_right(
+        sizes, found.budget, key=lambda rows: replace(found, window_rows=rows).bytes
+    )
+    return replace(found, window_rows=sizes[fitting - 1]) if fitting else found
+
+
+def check(place: Plan) -> Plan:
+    """The plan, if it keeps to a budget that the user has set.
+
+    Raises:
+        InputError: nothing keeps to it.
     """
-    rows = train[0] + val[0]
-    needed = train[0] * train[1] + val[0] * val[1] + rows * targets
-    if needed <= budget:
-        return Plan(0, val[0], needed, budget)
-    left = max(budget - rows * targets, 0)
-    val_rows = min(val[0], int(left * VAL_SHARE) // max(val[1], 1))
-    room = left - val_rows * val[1]
-    window = max(int(room / (windows * max(train[1] + targets, 1))), batch_size)
-    return Plan(min(window, train[0]), val_rows, needed, budget)
+    if place.fits:
+        return place
+    largest = sorted(place.parts.items(), key=lambda part: -part[1])[:3]
+    told = ", ".join(f"{shown(size)} for {name}" for name, size in largest)
+    raise InputError(
+        f"--max-memory {shown(place.budget)} is too small: this training takes "
+        f"{shown(place.bytes)} or more ({told}); allow that much"
+        + (", or lower --batch-size" if largest[0][0] in ("batches", "training rows") else "")
+    )
 
 
 def describe(place: Plan) -> str:
     """A line for the user."""
-    return (
-        f"the data needs {shown(place.needed)} and may take {shown(place.budget)} (--max-memory): "
-        f"it is streamed, {place.window_rows:,} rows shuffled at a time"
+    needs = place.needs
+    said = (
+        f"the data needs {shown(place.resident)} and may take {shown(place.budget)} "
+        "(--max-memory): it is streamed"
     )
+    if place.window_rows:
+        said += f", {min(place.window_rows, needs.train_rows):,} rows shuffled at a time"
+    if not place.fits:
+        said += f"; that takes {shown(place.bytes)} all the same"
+    return said

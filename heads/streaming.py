@@ -1,31 +1,32 @@
-"""Streamed batches, for sets larger than memory: a window of rows is shuffled while threads read
-the next one.
+"""Streamed batches, for sets larger than memory: one window of rows is used while threads read
+the next.
 
 The store's blocks come in random order, and the rows of a window in random order among themselves.
-Where one window holds everything, the batches are those of resident data.
+Rows lie in a window as they are stored; a batch is prepared when its turn comes, on a CPU by
+threads that are a batch or two ahead. Where one window holds everything, it is read once and the
+batches are those of resident data.
 
 Legend: n rows used, B samples in a batch, C labels.
 """
 
 import itertools
-import queue
-import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from mmc.heads.ahead import ahead
 from mmc.heads.batches import (
     ALONE,
     BLOCK_BYTES,
-    MOST_READERS,
+    BLOCKS_PER_WINDOW,
     READERS,
-    Gather,
+    WINDOWS,
     Preparer,
     Reader,
     Rows,
@@ -40,26 +41,33 @@ from mmc.heads.models.base import Batch, Head
 if TYPE_CHECKING:
     from mmc.store import EmbeddingStore
 
-WINDOWS = 2
-"""In memory at a time: one that batches come from while the other is filled."""
-BLOCKS_PER_WINDOW = 16
-"""Blocks are made so small that a window mixes at least so many."""
-HELD = WINDOWS * (1 + 1 / BLOCKS_PER_WINDOW) + MOST_READERS / BLOCKS_PER_WINDOW
-"""Windows' worth of rows that are in memory: a window may be a block larger, and every thread that
-reads holds a block. The same on every machine, since the order of the rows depends on it."""
+Blocks = list[tuple[int, int]]
+
 _BLOCK_ORDER = 4
 
 
 @dataclass
 class Window:
-    """Room for some prepared rows; filled again and again."""
+    """Room for some rows as they are stored; filled again and again."""
 
-    inputs: Batch
-    targets: Tensor
+    fields: Batch
+    rows: Tensor
+    """int64, which row of the data each one is."""
     ready: torch.cuda.Event | None = None
     """When the copies to a GPU will be through."""
     free: torch.cuda.Event | None = None
     """When the GPU will have read the last batch."""
+
+
+class Buffer:
+    """Room for a batch."""
+
+    def __init__(self, inputs: Batch, targets: Tensor) -> None:
+        self.inputs, self.targets = inputs, targets
+
+    def batch(self, size: int) -> tuple[Batch, Tensor]:
+        """The first ``size`` rows."""
+        return {key: values[:size] for key, values in self.inputs.items()}, self.targets[:size]
 
 
 class StreamedData:
@@ -70,11 +78,14 @@ class StreamedData:
         features: role -> feature.
         rows: (n,) ascending.
         targets: of those rows, on ``device``.
-        head: its ``prepare`` is applied to every block that is read.
-        device: where windows lie.
+        head: its ``prepare`` is applied to every batch.
+        device: where windows and batches lie.
         dtype: of prepared floats.
-        window_rows: most rows in a window (a block more where blocks are larger), of all processes
-            together.
+        window_rows: most rows in a window (or a block, where that is larger), of all processes
+            together; 0: none is made, since only `blocks` is asked for.
+        buffers: batches that there are at a time.
+        block_bytes: read by a thread at a time; None: `BLOCK_BYTES`.
+        tile_bytes: prepared at a time, as float32; None: what is fast on the device.
         share: what this process reads of every block.
     """
 
@@ -88,15 +99,20 @@ class StreamedData:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        window_rows: int,
+        window_rows: int = 0,
+        buffers: int = 2,
+        block_bytes: int | None = None,
+        tile_bytes: int | None = None,
         share: Share = ALONE,
     ) -> None:
         self.targets, self.share = targets, share
-        self.window_rows = window_rows
+        self.window_rows, self.buffers = window_rows, buffers
         self.device = device
-        most = stored_bytes(store, features) * window_rows // BLOCKS_PER_WINDOW
-        self.reader = Reader(store, features, rows, block_bytes=max(1, min(BLOCK_BYTES, most)))
-        self.preparer = Preparer(head, device, dtype)
+        most = BLOCK_BYTES if block_bytes is None else block_bytes
+        if window_rows:
+            most = min(most, stored_bytes(store, features) * window_rows // BLOCKS_PER_WINDOW)
+        self.reader = Reader(store, features, rows, block_bytes=most)
+        self.preparer = Preparer(head, device, dtype, tile_bytes)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -109,19 +125,19 @@ class StreamedData:
 
     def blocks(self) -> Iterator[Batch]:
         """See :class:`mmc.heads.batches.Data`; the next ones are read meanwhile."""
-        ahead: deque[Future[Batch]] = deque()
+        coming: deque[Future[Batch]] = deque()
         with reading_threads() as pool:
             for block in self.reader.blocks:
-                ahead.append(pool.submit(self._prepared, block))
-                if len(ahead) > READERS:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
+                coming.append(pool.submit(self._prepared, block))
+                if len(coming) > READERS:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
 
     def _prepared(self, block: tuple[int, int]) -> Batch:
-        stored = self.reader.read(block)
+        stored, index = self.reader.read(block)
         prepared = self.preparer.room(block[1] - block[0], stored)
-        self.preparer.put(stored, prepared, 0)
+        self.preparer.put(stored, prepared, 0, index)
         return prepared
 
 
@@ -133,28 +149,156 @@ class StreamedBatches:
     ) -> None:
         self.data, self.batch_size, self.seed, self.reads = data, batch_size, seed, reads
         self._windows: list[Window] = []
+        self._buffers: list[Buffer] = []
+        self._complete = False
+        """Whether the only window there is holds all rows already."""
 
     def epoch(self, stage: int, epoch: int) -> Iterator[tuple[Batch, Tensor]]:
         """See :class:`mmc.heads.batches.Batches`."""
+        plan = self.plan(stage, epoch)
         generator = order_generator(self.seed, stage, epoch)
-        gather: Gather | None = None
+        buffers = self._room_for_batches()
+        with ExitStack() as stack:
+            readers = stack.enter_context(reading_threads())
+            filled = self._filled(plan, self._room_for_windows(plan), readers)
+            windows = stack.enter_context(ahead(filled, WINDOWS, "mmc-windows"))
+            if self.data.device.type != "cpu":  # a GPU runs behind by itself
+                yield from self._batches(plan, windows, generator, buffers[:1], None)
+                return
+            preparers = stack.enter_context(reading_threads())
+            made = self._batches(plan, windows, generator, buffers, preparers)
+            yield from stack.enter_context(ahead(made, len(buffers), "mmc-batches"))
+
+    def plan(self, stage: int, epoch: int) -> list[Blocks]:
+        """The blocks of each window of an epoch, ascending within the window."""
+        blocks = self.data.reader.blocks
+        if len(self.data) <= self.data.window_rows:
+            return [blocks]
+        seed = derive_seed(self.seed, _BLOCK_ORDER, stage, epoch)
+        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
+        windows: list[Blocks] = [[]]
+        room = self.data.window_rows
+        for block in (blocks[index] for index in order.tolist()):
+            size = block[1] - block[0]
+            if windows[-1] and size > room:
+                windows.append([])
+                room = self.data.window_rows
+            windows[-1].append(block)
+            room -= size
+        return [sorted(window) for window in windows]
+
+    # -- windows -----------------------------------------------------------------------------------
+
+    def _room_for_windows(self, plan: list[Blocks]) -> list[Window]:
+        """The windows, made once."""
+        if not self._windows:
+            data, blocks = self.data, self.data.reader.blocks
+            # Windows of other epochs hold other blocks, but never more rows.
+            largest = max(data.window_rows, max(last - first for first, last in blocks))
+            largest = min(largest, len(data))
+            if data.share.count > 1:  # of a block it may be a row more than the others'
+                most = max(len(window) for window in plan) + BLOCKS_PER_WINDOW
+                largest = min(largest, -(-largest // data.share.count) + most)
+            self._windows = [
+                Window(
+                    data.reader.room(largest, data.device),
+                    torch.empty(largest, dtype=torch.int64, device=data.device),
+                )
+                for _ in range(min(WINDOWS, len(plan)))
+            ]
+        return self._windows
+
+    def _filled(
+        self, plan: list[Blocks], windows: list[Window], pool: ThreadPoolExecutor
+    ) -> Generator[Window]:
+        """The windows of ``plan``, read one after the other."""
+        if self._complete:
+            yield windows[0]
+            return
+        for blocks, window in zip(plan, itertools.cycle(windows), strict=False):
+            self._fill(window, blocks, pool)
+            self._complete = len(plan) == 1
+            yield window
+
+    def _fill(self, window: Window, blocks: Blocks, pool: ThreadPoolExecutor) -> None:
+        """Read ``blocks`` into ``window``, on a stream of its own on a GPU."""
+        own = [block for block in map(self.data.share.block, blocks) if block[0] < block[1]]
+        places = list(itertools.accumulate((last - first for first, last in own), initial=0))
+        rows = [torch.arange(first, last) for first, last in own]
+        if self.data.device.type != "cuda":
+            if rows:
+                torch.cat(rows, out=window.rows[: places[-1]])
+            list(pool.map(lambda block, place: self._read(window, block, place), own, places))
+            return
+        stream = torch.cuda.Stream(self.data.device)
+        if window.free is not None:
+            window.free.wait(stream)
+
+        def read(block: tuple[int, int], place: int) -> None:
+            with torch.cuda.stream(stream):
+                self._read(window, block, place)
+
+        with torch.cuda.stream(stream):
+            for part, place in zip(rows, places, strict=False):
+                window.rows[place : place + len(part)] = part.to(self.data.device)
+        list(pool.map(read, own, places))
+        window.ready = torch.cuda.Event()
+        window.ready.record(stream)
+
+    def _read(self, window: Window, block: tuple[int, int], place: int) -> None:
+        end = place + block[1] - block[0]
+        self.data.reader.read_into(
+            block, {role: values[place:end] for role, values in window.fields.items()}
+        )
+
+    # -- batches -----------------------------------------------------------------------------------
+
+    def _room_for_batches(self) -> list[Buffer]:
+        """The buffers, made once."""
+        if not self._buffers:
+            data, sample = self.data, self.data.reader.sample()
+            dtype = torch.float32 if data.targets.ndim == 2 else data.targets.dtype
+            shape = (self.batch_size, *data.targets.shape[1:])
+            self._buffers = [
+                Buffer(
+                    data.preparer.room(self.batch_size, sample, self.reads),
+                    data.targets.new_empty(shape, dtype=dtype),
+                )
+                for _ in range(data.buffers if data.device.type == "cpu" else 1)
+            ]
+        return self._buffers
+
+    def _batches(
+        self,
+        plan: list[Blocks],
+        windows: Iterator[Window],
+        generator: torch.Generator,
+        buffers: list[Buffer],
+        pool: ThreadPoolExecutor | None,
+    ) -> Generator[tuple[Batch, Tensor]]:
+        """Batches in the buffers, one after the other; prepared by ``pool`` if there is one."""
+        turns = itertools.cycle(buffers)
+        buffer = next(turns)
         # Rows of the batch so far, and those of them that are here.
         rows = filled = 0
-        plan = self.plan(stage, epoch)
-        with self._read_ahead(plan) as windows:
-            for blocks, window in zip(plan, windows, strict=True):
-                gather = gather or Gather(window.inputs, window.targets, self.batch_size)
-                for index, size in self._parts(blocks, rows, generator):
-                    gather.fill(filled, window.inputs, window.targets, index)
-                    rows, filled = rows + size, filled + len(index)
-                    if rows == self.batch_size:
-                        yield gather.batch(filled)
-                        rows = filled = 0
-            if gather is not None and rows:
-                yield gather.batch(filled)
+        for blocks, window in zip(plan, windows, strict=True):
+            if window.ready is not None:
+                window.ready.wait()
+            for index, size in self._parts(blocks, rows, generator):
+                self._put(buffer, filled, window, index, pool)
+                rows, filled = rows + size, filled + len(index)
+                if rows == self.batch_size:
+                    yield buffer.batch(filled)
+                    buffer = next(turns)
+                    rows = filled = 0
+            if window.ready is not None:
+                window.free = torch.cuda.Event()
+                window.free.record()
+        if rows:
+            yield buffer.batch(filled)
 
     def _parts(
-        self, blocks: list[tuple[int, int]], rows: int, generator: torch.Generator
+        self, blocks: Blocks, rows: int, generator: torch.Generator
     ) -> Iterator[tuple[Tensor, int]]:
         """A window batch by batch: places of the rows that are here, and how many there are in all.
 
@@ -173,116 +317,30 @@ class StreamedBatches:
             if len(part):
                 yield index, len(part)
 
-    def plan(self, stage: int, epoch: int) -> list[list[tuple[int, int]]]:
-        """The blocks of each window of an epoch, ascending within the window."""
-        blocks = self.data.reader.blocks
-        if len(self.data) <= self.data.window_rows:
-            return [blocks]
-        seed = derive_seed(self.seed, _BLOCK_ORDER, stage, epoch)
-        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
-        windows: list[list[tuple[int, int]]] = [[]]
-        room = self.data.window_rows
-        for block in (blocks[index] for index in order.tolist()):
-            size = block[1] - block[0]
-            if windows[-1] and size > room:
-                windows.append([])
-                room = self.data.window_rows
-            windows[-1].append(block)
-            room -= size
-        return [sorted(window) for window in windows]
-
-    @contextmanager
-    def _read_ahead(self, plan: list[list[tuple[int, int]]]) -> Iterator[Iterator[Window]]:
-        """The windows of ``plan`` one after the other, the next one being read meanwhile."""
-        free: queue.SimpleQueue[Window | None] = queue.SimpleQueue()
-        full: queue.SimpleQueue[Window | BaseException] = queue.SimpleQueue()
-        for window in self._room(plan):
-            free.put(window)
-
-        def read() -> None:
-            try:
-                for blocks in plan:
-                    window = free.get()
-                    if window is None:
-                        return
-                    self._fill(window, blocks, pool)
-                    full.put(window)
-            except BaseException as error:  # handed over: raised where the batches are used
-                full.put(error)
-
-        def windows() -> Iterator[Window]:
-            for _ in plan:
-                found = full.get()
-                if isinstance(found, BaseException):
-                    raise found
-                if found.ready is not None:
-                    found.ready.wait()
-                yield found
-                if found.ready is not None:
-                    found.free = torch.cuda.Event()
-                    found.free.record()
-                free.put(found)
-
-        thread = threading.Thread(target=read, name="mmc-read-ahead", daemon=True)
-        with reading_threads() as pool:
-            thread.start()
-            try:
-                yield windows()
-            finally:
-                free.put(None)
-                # Windows that nobody asked for any more are in nobody's hands: wait for the reader.
-                thread.join()
-
-    def _room(self, plan: list[list[tuple[int, int]]]) -> list[Window]:
-        """The windows' tensors, made once."""
-        if not self._windows:
-            largest = max(sum(last - first for first, last in blocks) for blocks in plan)
-            # Windows of other epochs hold other blocks: up to one block more.
-            largest = max(largest, min(self.data.window_rows, len(self.data)))
-            blocks = self.data.reader.blocks
-            largest = min(largest + max(last - first for first, last in blocks), len(self.data))
-            # A share of a block may be a row larger than the others'.
-            largest = min(largest, largest // self.data.share.count + len(blocks))
-            sample = self.data.reader.sample()
-            self._windows = [
-                Window(
-                    self.data.preparer.room(largest, sample, self.reads),
-                    self.data.targets.new_empty((largest, *self.data.targets.shape[1:])),
-                )
-                for _ in range(min(WINDOWS, len(plan)))
-            ]
-        return self._windows
-
-    def _fill(
-        self, window: Window, blocks: list[tuple[int, int]], pool: ThreadPoolExecutor
+    def _put(
+        self,
+        buffer: Buffer,
+        place: int,
+        window: Window,
+        index: Tensor,
+        pool: ThreadPoolExecutor | None,
     ) -> None:
-        """Read and prepare ``blocks`` into ``window``, on a stream of its own on a GPU."""
-        own = [block for block in map(self.data.share.block, blocks) if block[0] < block[1]]
-        places = list(itertools.accumulate((last - first for first, last in own), initial=0))[:-1]
-        if self.data.device.type != "cuda":
-            list(pool.map(lambda block, place: self._copy(window, block, place), own, places))
+        """Prepare rows ``index`` of a window; they go to the places from ``place`` on."""
+        data = self.data
+
+        def put(index: Tensor, place: int) -> None:
+            data.preparer.put(window.fields, buffer.inputs, place, index)
+            rows = window.rows.index_select(0, index)
+            buffer.targets[place : place + len(index)] = data.targets.index_select(0, rows)
+
+        if pool is None:
+            put(index, place)
             return
-        stream = torch.cuda.Stream(self.data.device)
-        if window.free is not None:
-            window.free.wait(stream)
-
-        def copy(block: tuple[int, int], place: int) -> None:
-            with torch.cuda.stream(stream):
-                self._copy(window, block, place)
-
-        list(pool.map(copy, own, places))
-        window.ready = torch.cuda.Event()
-        window.ready.record(stream)
-        # Tensors of the copies' way must live until they are through.
-        stream.synchronize()
-
-    def _copy(self, window: Window, block: tuple[int, int], place: int) -> None:
-        first, last = block
-        self.data.preparer.put(self.data.reader.read(block), window.inputs, place)
-        window.targets[place : place + last - first] = self.data.targets[first:last]
+        step = max(-(-len(index) // READERS), 1)
+        list(pool.map(put, index.split(step), range(place, place + len(index), step)))
 
 
-def _places(blocks: list[tuple[int, int]], share: Share) -> Tensor:
+def _places(blocks: Blocks, share: Share) -> Tensor:
     """Of every row of a window its place among those that are here, or -1; int64."""
     places = torch.full((sum(last - first for first, last in blocks),), -1)
     start = here = 0

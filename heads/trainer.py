@@ -106,7 +106,7 @@ def _train_into(
     place = setup.place(head)
     if found:  # the order of the rows depends on it
         place = replace(place, window_rows=found[1]["window_rows"])
-    if place.window_rows:
+    if place.streamed:
         report(memory.describe(place))
     history = found[1]["history"] if found else []
     with tracking(setup, folder, history, report) as trackers:

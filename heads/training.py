@@ -17,8 +17,10 @@ from mmc.heads.batches import (
     ResidentData,
     Share,
     derive_seed,
+    largest_tile,
     load_prepared,
     raw_blocks,
+    stored_bytes,
 )
 from mmc.heads.checkpoints import Checkpoints
 from mmc.heads.devices import pick_device, training_dtype
@@ -35,7 +37,7 @@ from mmc.heads.models import HEADS
 from mmc.heads.models.base import Head
 from mmc.heads.options import SEARCH, OptimConfig, TrainConfig, parse_set
 from mmc.heads.predict import Predictor
-from mmc.heads.streaming import HELD, StreamedData
+from mmc.heads.streaming import StreamedData
 from mmc.heads.temperature import fit_temperature, probabilities
 from mmc.store.config import build
 from mmc.store.errors import InputError
@@ -64,8 +66,6 @@ class Loaded(NamedTuple):
     train: Data | None
     """None for a head that trains nothing."""
     val: Data
-    kept: ResidentData
-    """The validation rows that are in memory: all of them, or some, evenly spaced."""
 
 
 class Setup:
@@ -159,14 +159,15 @@ class Setup:
             if len(rows):
                 self.material.fit_inputs(head, self._reads(), lambda: self._fit_inputs(head))
                 head.set_prior(loss.prior())
-                head.fit_labels(*self.material.label_rows(self.splits))
+                if self.head_class.fit_labels is not Head.fit_labels:
+                    head.fit_labels(*self.material.label_rows(self.splits))
                 head.load_weights()
         self.processes.share(head.state_dict().values())
         return head, loss
 
     def load(self, head: Head, place: memory.Plan) -> Loaded:
         """What the head reads, as far as there is room for it; once for all that share it."""
-        key = (self.preparation, place.window_rows, place.val_rows)
+        key = (self.preparation, place.window_rows, place.val_streamed, place.buffers)
         return self.material.prepared(key, lambda: self._load(head, place))
 
     def _preparation(self, head: Head) -> Hashable:
@@ -223,11 +224,11 @@ class Setup:
 
     def fit_validation(self, head: Head, data: Loaded, position: Position) -> None:
         """Let the trained head set what is fitted on the validation rows."""
-        if len(data.kept):
+        if len(data.val):
             head.eval()
             with torch.no_grad():
                 said = head.fit_validation(
-                    data.kept.inputs, data.kept.targets, self.store.task, self.optim.metric
+                    data.val.blocks(), data.val.targets, self.store.task, self.optim.metric
                 )
             position.notes += [said] if said else []
         self.processes.share(head.state_dict().values())
@@ -354,55 +355,85 @@ class Setup:
         head.fit_inputs(batch for _, batch in blocks)
 
     def place(self, head: Head) -> memory.Plan:
-        """What there is room for; the same for all that share the data."""
+        """What there is room for; the same for all that share the data.
+
+        Raises:
+            InputError: nothing fits into the memory that the user allows.
+        """
         plan = self.material.plan(self.preparation, lambda: self._place(head))
-        # It may have been made for a smaller batch.
-        window = min(max(plan.window_rows, self.batch_size), len(self.splits.train))
-        return replace(plan, window_rows=window) if plan.window_rows else plan
+        if plan.window_rows and plan.needs.batch_size < self.batch_size:  # made for smaller ones
+            key = (self.preparation, self.batch_size)
+            plan = self.material.plan(key, lambda: self._place(head))
+        return memory.check(plan) if self.config.max_memory else plan
 
     def _place(self, head: Head) -> memory.Plan:
         limit = self.config.max_memory
-        rows = self.splits.train if len(self.splits.train) else self.splits.val
+        train = self.splits.train if self.trains else self.splits.train[:0]
+        rows = train if len(train) else self.splits.val
         floats, others = 0, 0
         for values in self._resident(head, rows[:1], torch.float32).inputs.values():
             if values.is_floating_point():
                 floats += values.numel()
             else:
                 others += values.nbytes
-        row = floats * self.dtype.itemsize + others
-        plan = memory.plan(
-            train=(len(self.splits.train), -(-row // self.processes.count)),
-            val=(len(self.splits.val), floats * torch.float32.itemsize + others),
-            targets=self._targets(rows[:1]).nbytes,
-            budget=memory.parse_size(limit) if limit else memory.allowed(self.device),
+        target, labels = self._targets(rows[:1]), self.store.labels
+        needs = memory.Needs(
+            train_rows=len(train),
+            val_rows=len(self.splits.val),
             batch_size=self.batch_size,
-            windows=HELD,
+            stored=stored_bytes(self.store, self.features),
+            prepared=floats * self.dtype.itemsize + others,
+            val_prepared=floats * torch.float32.itemsize + others,
+            target=target.numel() * (torch.float32.itemsize if target.ndim == 2 else 8),
+            labels=target.nbytes * (len(train) + len(self.splits.val))
+            + sum(kept.nbytes for kept in (labels.indptr, labels.indices, labels.known)),
+            score=len(self.store.label_set) * torch.float32.itemsize,
+            tile=largest_tile(head, self.device),
+            processes=self.processes.count,
         )
+        budget = memory.parse_size(limit) if limit else memory.allowed(self.device)
+        plan = memory.plan(needs, budget)
         # The order of the rows depends on it, and so it is the main process's.
         (window_rows,) = self.processes.numbers([plan.window_rows], self.device)
         return replace(plan, window_rows=int(window_rows))
 
     def _load(self, head: Head, place: memory.Plan) -> Loaded:
         # Of several processes the main one validates.
-        val_rows = self.splits.val if self.processes.main else self.splits.val[:0]
-        kept = self._resident(head, _spaced(val_rows, place.val_rows), torch.float32)
-        val: Data = kept
-        if len(kept) < len(val_rows):
-            val = self._streamed(head, val_rows, torch.float32, place.window_rows)
+        rows = self.splits.val if self.processes.main else self.splits.val[:0]
+        if place.val_streamed and len(rows):
+            val: Data = self._streamed(head, rows, torch.float32, place)
+        else:
+            val = self._resident(head, rows, torch.float32, place=place)
         if not self.trains:
-            return Loaded(None, val, kept)
+            return Loaded(None, val)
         rows = self.splits.train
         if place.window_rows:
-            train: Data = self._streamed(head, rows, self.dtype, place.window_rows, self.share)
+            train: Data = self._streamed(
+                head, rows, self.dtype, place, place.window_rows, self.share
+            )
         else:
-            train = self._resident(head, rows, self.dtype, self.share)
-        return Loaded(train, val, kept)
+            train = self._resident(head, rows, self.dtype, self.share, place)
+        return Loaded(train, val)
 
     def _resident(
-        self, head: Head, rows: splits.Rows, dtype: torch.dtype, share: Share = ALONE
+        self,
+        head: Head,
+        rows: splits.Rows,
+        dtype: torch.dtype,
+        share: Share = ALONE,
+        place: memory.Plan | None = None,
     ) -> ResidentData:
         own = share.rows(rows)
-        inputs = load_prepared(self.store, self.features, own, head, self.device, dtype)
+        inputs = load_prepared(
+            self.store,
+            self.features,
+            own,
+            head,
+            self.device,
+            dtype,
+            block_bytes=place and place.block,
+            tile_bytes=place and place.tile,
+        )
         return ResidentData(inputs=inputs, targets=self._targets(own), share=share, size=len(rows))
 
     def _streamed(
@@ -410,7 +441,8 @@ class Setup:
         head: Head,
         rows: splits.Rows,
         dtype: torch.dtype,
-        window_rows: int,
+        place: memory.Plan,
+        window_rows: int = 0,
         share: Share = ALONE,
     ) -> StreamedData:
         return StreamedData(
@@ -422,16 +454,14 @@ class Setup:
             device=self.device,
             dtype=dtype,
             window_rows=window_rows,
+            buffers=place.buffers,
+            block_bytes=place.block,
+            tile_bytes=place.tile,
             share=share,
         )
 
     def _targets(self, rows: splits.Rows) -> Tensor:
         return splits.targets(self.store, rows).to(self.device)
-
-
-def _spaced(rows: splits.Rows, count: int) -> splits.Rows:
-    """``count`` of the rows at most, evenly spaced."""
-    return rows if len(rows) <= count else rows[:: -(-len(rows) // max(count, 1))]
 
 
 def default_batch(rows: int, device: torch.device, most: int | None = None) -> int:

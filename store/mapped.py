@@ -37,6 +37,8 @@ _UNTRACKED: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) e
 MANY_SHARDS = 4096 if _UNTRACKED else 128
 """Maps that a feature keeps open: 1,024 descriptors are a usual limit of a process."""
 
+_PIECE_BYTES = 256 << 10
+
 Rows = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 
@@ -171,6 +173,8 @@ class MappedShard:
         """See :class:`Shard`."""
         size, per_chunk = self.layout.row_bytes, self.layout.chunk_rows
         with self._reopened() as descriptor:
+            if descriptor is not None:
+                self._announce(descriptor, start * size, stop * size)
             for chunk in range(start // per_chunk, -(-stop // per_chunk)):
                 first, last = max(start, chunk * per_chunk), min(stop, (chunk + 1) * per_chunk)
                 part = out[(first - start) * size : (last - start) * size]
@@ -181,12 +185,10 @@ class MappedShard:
                     part[:] = self._bytes[at : at + len(part)]
                 elif last - first == per_chunk:
                     self._read_chunk(descriptor, chunk, part)
-                elif self._checked[chunk]:
-                    self._copy(descriptor, [part], chunk * self._stride + inside)
                 else:
-                    whole = np.empty(self.layout.chunk_bytes, np.uint8)
-                    self._read_chunk(descriptor, chunk, whole)
-                    part[:] = whole[inside : inside + len(part)]
+                    if not self._checked[chunk]:
+                        self._read_chunk(descriptor, chunk, None)
+                    self._copy(descriptor, [part], chunk * self._stride + inside)
 
     def check(self, chunk: int) -> None:
         """See :class:`Shard`."""
@@ -202,17 +204,41 @@ class MappedShard:
         )
 
     def _compare(self, chunk: int, data: Bytes, stored: bytes) -> None:
-        if crc32c(data) != int.from_bytes(stored, "little"):
+        self._settle(chunk, crc32c(data), stored)
+
+    def _settle(self, chunk: int, found: int, stored: bytes) -> None:
+        if found != int.from_bytes(stored, "little"):
             raise DamagedStoreError(
                 f"{self.where} is damaged: the checksum of chunk {chunk} does not fit; {REMEDY}"
             )
         self._checked[chunk] = True
 
-    def _read_chunk(self, descriptor: int, chunk: int, out: Bytes) -> None:
-        """A whole chunk straight into ``out``."""
+    def _read_chunk(self, descriptor: int, chunk: int, out: Bytes | None) -> None:
+        """A whole chunk straight into ``out``; None: only compare its checksum.
+
+        Piece by piece: one is in a core's cache still when its checksum is computed, which other
+        threads of Python wait for.
+        """
+        start, size = chunk * self._stride, self.layout.chunk_bytes
+        if out is not None and self._checked[chunk]:
+            self._copy(descriptor, [out], start)
+            return
+        room = np.empty(min(size, _PIECE_BYTES), np.uint8) if out is None else out
+        found = 0
+        for at in range(0, size, _PIECE_BYTES):
+            length = min(_PIECE_BYTES, size - at)
+            piece = room[:length] if out is None else out[at : at + length]
+            self._copy(descriptor, [piece], start + at)
+            found = crc32c(piece, found)
         stored = bytearray(CRC_BYTES)
-        self._copy(descriptor, [out, stored], chunk * self._stride)
-        self._compare(chunk, out, bytes(stored))
+        self._copy(descriptor, [stored], start + size)
+        self._settle(chunk, found, bytes(stored))
+
+    def _announce(self, descriptor: int, start: int, stop: int) -> None:
+        """Have the kernel read all of a run at once, not a little ahead of what is asked for."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # a file system that takes no advice
+                os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
 
     def _copy(self, descriptor: int, buffers: list[Any], offset: int) -> None:
         """Bytes of the file into ``buffers``: a copy by the kernel takes no page faults."""

@@ -21,9 +21,9 @@ ABSENT = np.uint64(2**64 - 1)
 CRC_BYTES = 4
 
 
-def crc32c(data: bytes | Array) -> int:
-    """CRC-32C of contiguous bytes."""
-    return int(google_crc32c.value(data))
+def crc32c(data: bytes | Array, before: int = 0) -> int:
+    """CRC-32C of contiguous bytes, which follow on others whose checksum is ``before``."""
+    return int(google_crc32c.extend(before, data))
 
 
 def with_crc(data: bytes) -> bytes:

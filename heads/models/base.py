@@ -199,11 +199,13 @@ class Head(nn.Module):
         """
 
     def fit_validation(
-        self, prepared: Batch, targets: Tensor, task: str, metric: str | None = None
+        self, blocks: Iterable[Batch], targets: Tensor, task: str, metric: str | None = None
     ) -> str | None:
         """Set what is not trained but fitted on the validation rows; a line to say aloud, or None.
 
         Args:
+            blocks: what ``prepare`` gave of all validation rows, piece by piece; they may be read
+                from the disk as they are asked for.
             targets: int8 (n, C) for multilabel, else int64 (n,); no unknown rows.
             metric: what the training is judged by, a name of `mmc.heads.metrics.METRICS`; None:
                 the task's own.

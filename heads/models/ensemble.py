@@ -13,7 +13,7 @@ Shapes: B samples, C labels, F fields, D values of one field, n validation rows.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -78,11 +78,13 @@ class Ensemble(PerFieldHead):
         return torch.stack([classify(prepared[role]) - self.prior for role, classify in fields])
 
     def fit_validation(
-        self, prepared: Batch, targets: Tensor, task: str, metric: str | None = None
+        self, blocks: Iterable[Batch], targets: Tensor, task: str, metric: str | None = None
     ) -> str:
         """Set the weights to the best of the simple ones, or to fitted ones if they are better."""
         metric = metric or metrics.HEADLINE[task]
-        witness = _Witness(self.evidence(prepared).double(), targets, self.prior.double())
+        # Of rows that may not fit into memory only what the fields say of them is kept.
+        evidence = torch.cat([self.evidence(block).double() for block in blocks], dim=1)
+        witness = _Witness(evidence, targets, self.prior.double())
         simple = {"equal ones": torch.ones_like(self.weights)}
         for place, role in enumerate(self.roles):
             simple[f"{role} alone"] = torch.zeros_like(self.weights).index_fill_(

@@ -3,7 +3,7 @@
 Shapes: B samples, C labels, D values of the shared space.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -88,12 +88,12 @@ class ZeroShot(Head):
         return {**self.state_dict(), "label_text": text, "bias": bias}
 
     def fit_validation(
-        self, prepared: Batch, targets: Tensor, task: str, metric: str | None = None
+        self, blocks: Iterable[Batch], targets: Tensor, task: str, metric: str | None = None
     ) -> None:
         """Maximum likelihood of one scale and C biases, by L-BFGS from the label priors."""
         if not self.config.calibrate:
             return
-        cosine = prepared["cosine"].double()
+        cosine = torch.cat([block["cosine"] for block in blocks]).double()
         log_scale = nn.Parameter(self.log_scale.double().clone())
         bias = nn.Parameter(-cosine.mean(0) * log_scale.detach().exp())
         optimizer = torch.optim.LBFGS(

@@ -129,7 +129,7 @@ class Runner:
     def _place(self, trial: Trial, head: Head) -> memory.Plan:
         """What there is room for; said once where data is streamed."""
         place = trial.setup.place(head)
-        line = memory.describe(place) if place.window_rows else ""
+        line = memory.describe(place) if place.streamed else ""
         if line not in self._said:
             self._said.add(line)
             self.report(line)

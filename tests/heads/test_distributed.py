@@ -1,15 +1,17 @@
 """Several processes, started by torchrun, train as one does with the joined batch."""
 
+import inspect
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
-from mmc.heads import batches, distributed
+from mmc.heads import batches, distributed, memory
 from mmc.heads.artifact import Run
 from mmc.heads.launch import is_main, launched, launched_here
 from mmc.heads.options import TrainConfig
@@ -32,13 +34,20 @@ CASES = {
     "single": {"head": "linear", "batch_size": 1, "epochs": 3},
     "stopped": {"head": "linear", "settings": OFTEN},
 }
-# So little memory that windows are as small as they may be: a batch.
-STREAMED = {"head": "linear", "max_memory": "1"}
+STREAMED = {"head": "linear", "max_memory": "1T"}
+
+
+def small_windows(needs: memory.Needs, budget: int, plan=memory.plan) -> memory.Plan:
+    """Windows of a batch each for the case that is to be streamed; there is room for everything."""
+    found = plan(needs, budget)
+    return replace(found, window_rows=needs.batch_size) if budget == 1 << 40 else found
+
 
 CHILD = """
 import json, sys
+from dataclasses import replace
 from pathlib import Path
-from mmc.heads import batches, engine, trainer
+from mmc.heads import batches, engine, memory, trainer
 from mmc.heads.launch import is_main
 from mmc.heads.options import TrainConfig
 from mmc.store import EmbeddingStore
@@ -46,6 +55,8 @@ from mmc.store import EmbeddingStore
 class Stopped(Exception):
     pass
 
+SMALL_WINDOWS
+memory.plan = small_windows
 batches.MIN_BLOCK_ROWS = 3
 store, out = EmbeddingStore.open(sys.argv[1]), Path(sys.argv[2])
 said = []
@@ -74,7 +85,7 @@ assert bool(said) == is_main()
 from mmc import cli
 sys.argv = ["mmc", "train-head", sys.argv[1], str(out / "printed"), *sys.argv[4:]]
 cli.main()
-"""
+""".replace("SMALL_WINDOWS", inspect.getsource(small_windows))
 CLI = ("--head", "mlp", "--epochs", "2", "--device", "cpu", "--json")
 
 
@@ -97,6 +108,7 @@ def test_two_processes_give_the_weights_of_one(make_store: Callable, tmp_path, m
     Only the main process prints and writes.
     """
     monkeypatch.setattr(batches, "MIN_BLOCK_ROWS", 3)
+    monkeypatch.setattr(memory, "plan", small_windows)
     store = make_store()
     cases = {name: {**PLAIN, **case} for name, case in CASES.items()}
     cases["streamed"] = {**PLAIN, **STREAMED}

@@ -47,7 +47,7 @@ def fitted(head, batches, targets, task="multilabel", lr=0.003):
         dtype=torch.float32,
     ).run()
     with torch.no_grad():
-        said = head.fit_validation(data[1].inputs, targets[1], task)
+        said = head.fit_validation(data[1].blocks(), targets[1], task)
         scores = [metrics.score(head.score(d.inputs), d.targets, task) for d in data]
     return scores, said
 

@@ -221,7 +221,7 @@ def test_zero_shot_fits_scale_and_bias_on_validation_rows():
     cosine = torch.rand(20_000, 3, generator=g) * 2 - 1
     truth = (8 * cosine - 2).sigmoid()
     targets = (torch.rand(20_000, 3, generator=g) < truth).to(torch.int8)
-    head.fit_validation({"cosine": cosine}, targets, "multilabel")
+    head.fit_validation([{"cosine": cosine}], targets, "multilabel")
     assert float(head.log_scale.exp()) == pytest.approx(8, rel=0.05)
     assert head.bias.tolist() == pytest.approx([-2, -2, -2], abs=0.2)
     order = head.score({"cosine": cosine}).argsort(0)
@@ -234,7 +234,7 @@ def test_zero_shot_calibrates_classes_too():
     cosine = torch.rand(20_000, 3, generator=g)
     probabilities = (5 * cosine + torch.tensor([0.0, 1.0, -1.0])).softmax(1)
     targets = torch.multinomial(probabilities, 1, generator=g)[:, 0]
-    head.fit_validation({"cosine": cosine}, targets, "multiclass")
+    head.fit_validation([{"cosine": cosine}], targets, "multiclass")
     fitted_bias = head.bias - head.bias.mean()
     assert float(head.log_scale.exp()) == pytest.approx(5, rel=0.05)
     assert fitted_bias.tolist() == pytest.approx([0, 1, -1], abs=0.1)
@@ -243,13 +243,13 @@ def test_zero_shot_calibrates_classes_too():
 def test_zero_shot_stays_finite_where_the_rows_do_not_tell():
     head, _ = make_zero_shot()
     cosine = torch.tensor([[0.1, 0.2, 0.3], [0.3, 0.1, 0.2]])
-    head.fit_validation({"cosine": cosine}, torch.zeros(2, 3, dtype=torch.int8), "multilabel")
+    head.fit_validation([{"cosine": cosine}], torch.zeros(2, 3, dtype=torch.int8), "multilabel")
     assert head.score({"cosine": cosine}).isfinite().all()
 
 
 def test_zero_shot_without_calibration_keeps_the_scale():
     head, _ = make_zero_shot(calibrate=False)
-    head.fit_validation({"cosine": torch.rand(9, 3)}, torch.ones(9, 3), "multilabel")
+    head.fit_validation([{"cosine": torch.rand(9, 3)}], torch.ones(9, 3), "multilabel")
     assert float(head.log_scale.exp()) == pytest.approx(100)
 
 

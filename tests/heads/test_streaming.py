@@ -1,6 +1,8 @@
 """Training on more than fits into memory."""
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +10,9 @@ import pytest
 import torch
 
 from mmc.heads import batches as batches_module
-from mmc.heads import memory
+from mmc.heads import training as training_module
 from mmc.heads.batches import ResidentData, load_prepared
+from mmc.heads.models.ensemble import Ensemble
 from mmc.heads.models.linear import Linear, LinearConfig
 from mmc.heads.options import TrainConfig
 from mmc.heads.splits import targets as targets_of
@@ -34,7 +37,7 @@ def train_rows(store):
     return store.rows(split="train", features=list(FEATURES.values()))
 
 
-def stream(store, window_rows: int) -> StreamedData:
+def stream(store, window_rows: int, **settings) -> StreamedData:
     rows = train_rows(store)
     return StreamedData(
         store,
@@ -45,6 +48,7 @@ def stream(store, window_rows: int) -> StreamedData:
         device=CPU,
         dtype=torch.float32,
         window_rows=window_rows,
+        **settings,
     )
 
 
@@ -71,6 +75,33 @@ def test_a_window_that_holds_everything_gives_the_resident_batches(make_store: C
         for (x, y), (x0, y0) in zip(ours, theirs, strict=True):
             assert torch.equal(x["inputs"], x0["inputs"])
             assert torch.equal(y, y0)
+
+
+def test_a_window_that_holds_everything_is_read_once(make_store: Callable, monkeypatch):
+    streamed = stream(make_store(), 10_000)
+    read = []
+    monkeypatch.setattr(
+        streamed.reader,
+        "read_into",
+        lambda block, out, read_into=streamed.reader.read_into: (
+            read.append(block),
+            read_into(block, out),
+        ),
+    )
+    source = streamed.batches(7, seed=0)
+    for epoch in range(3):
+        assert sum(len(y) for _, y in source.epoch(0, epoch)) == len(streamed)
+    assert sorted(read) == streamed.reader.blocks
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 5])
+def test_the_batches_do_not_depend_on_how_many_there_are_at_a_time(make_store: Callable, buffers):
+    store = make_store()
+    ours = collect(stream(store, 9, buffers=buffers, tile_bytes=1), 4)
+    theirs = collect(stream(store, 9), 4)
+    for (x, y), (x0, y0) in zip(ours, theirs, strict=True):
+        assert torch.equal(x["inputs"], x0["inputs"])
+        assert torch.equal(y, y0)
 
 
 @pytest.mark.parametrize("window_rows", [1, 5, 9, 20])
@@ -138,7 +169,7 @@ def test_training_streamed_gives_a_run_as_good(make_store: Callable, tmp_path):
     small = train(
         store,
         tmp_path / "small",
-        TrainConfig(epochs=20, batch_size=16, max_memory="6K"),
+        TrainConfig(epochs=20, batch_size=16, max_memory="30K"),
         report=said.append,
     )
     assert any("streamed" in line and "--max-memory" in line for line in said)
@@ -152,38 +183,38 @@ def test_training_streamed_gives_a_run_as_good(make_store: Callable, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("text", "size"), [("8G", 8 << 30), ("1.5 MB", 3 << 19), ("7", 7), ("2kib", 2048)]
-)
-def test_sizes(text, size):
-    assert memory.parse_size(text) == size
+def test_too_little_memory_is_an_error_that_says_how_much_it_takes(make_store: Callable, tmp_path):
+    store = make_store(n=400)
+    with pytest.raises(InputError, match=r"--max-memory 2\.0 KiB is too small: .* takes") as raised:
+        train(store, tmp_path / "run", TrainConfig(batch_size=16, max_memory="2K"))
+    least = re.search(r"takes ([\d.]+) KiB", str(raised.value))
+    assert least is not None
+    enough = f"{float(least[1]) + 0.05}K"  # it was rounded
+    train(store, tmp_path / "run", TrainConfig(epochs=1, batch_size=16, max_memory=enough))
 
 
-@pytest.mark.parametrize("text", ["", "G", "-1G", "8X", "0", "8 G B"])
-def test_what_is_no_size(text):
-    with pytest.raises(InputError, match="8G"):
-        memory.parse_size(text)
+def test_weights_of_an_ensemble_are_fitted_on_all_validation_rows(
+    make_store: Callable, tmp_path, monkeypatch
+):
+    """Streamed as well as in memory, and they are the same."""
+    store, seen = make_store(n=400), []
+    fit = Ensemble.fit_validation
 
+    def spy(self, blocks, targets, task, metric=None):
+        seen.append(len(targets))
+        return fit(self, blocks, targets, task, metric)
 
-def test_plan_keeps_to_the_budget():
-    def plan(budget: int, targets: int = 0) -> memory.Plan:
-        return memory.plan(
-            train=(1000, 10),
-            val=(100, 20),
-            targets=targets,
-            budget=budget,
-            batch_size=8,
-            windows=2,
+    monkeypatch.setattr(Ensemble, "fit_validation", spy)
+    plan = training_module.memory.plan
+    weights = []
+    for streamed in (False, True):
+        monkeypatch.setattr(
+            training_module.memory,
+            "plan",
+            lambda needs, budget, s=streamed: replace(plan(needs, budget), val_streamed=s),
         )
-
-    place = plan(12_000)
-    assert (place.window_rows, place.val_rows) == (0, 100)
-    place = plan(4_000)
-    assert place.window_rows * 2 * 10 + place.val_rows * 20 <= 4_000
-    assert 100 < place.window_rows < 1000
-    assert 0 < place.val_rows < 100
-    assert plan(12_000, targets=1).window_rows > 0, "targets need memory too"
-    place = plan(4_000, targets=1)
-    assert place.window_rows * 2 * 11 + place.val_rows * 20 + 1100 <= 4_000
-    assert plan(500, targets=1).window_rows == 8
-    assert memory.allowed(CPU) > 0
+        config = TrainConfig(head="ensemble", epochs=5, batch_size=16)
+        run = train(store, tmp_path / f"{streamed}", config).run
+        weights.append(run.state["weights"])
+    assert seen == [len(store.rows(split="val"))] * 2
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-4)
