@@ -15,7 +15,7 @@ processors busy, than the processors can do all that there is to do: `processors
 reading, of preparing all rows and of an epoch in memory, divided among them.
 
 That is done for a step of the usual cost (80 labels, the default batch) and for a cheap one (20
-labels, batches of 16,384). With --disk-rate a slow disk is simulated besides: both contenders wait
+labels, batches of 8,192). With --disk-rate a slow disk is simulated besides: both contenders wait
 before each read until a bucket that fills at that rate holds its bytes.
 """
 
@@ -52,7 +52,7 @@ from mmc.store import EmbeddingStore, FieldSpec
 from mmc.store.mapped import MappedShard
 
 LABELS, VAL_ROWS = 80, 64
-CHEAP_LABELS, CHEAP_BATCH = 20, 16_384
+CHEAP_LABELS, CHEAP_BATCH = 20, 8192
 FEATURES = {"image": "a/image"}
 READ_BYTES = 4 << 20
 

@@ -1,12 +1,15 @@
 """How much memory training data may take, and whether it fits."""
 
 import bisect
+import ctypes
 import math
 import re
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
 import torch
 
 from mmc.heads import batches
@@ -30,9 +33,9 @@ LEAST_TILE = 16 << 10
 TILE_COPIES = 4
 """What preparing takes of memory, in tiles: the fields as stored and as float32, and what is made
 of them."""
-SCORES = 5
+SCORES = 8
 """What validation takes of memory, in matrices of logits: the logits in blocks and in one piece,
-and what the loss makes of them."""
+and what the loss and the metrics make of them."""
 ORDER_BYTES = 24
 """Of a row whose place in the order is drawn: that, and the row's number."""
 ROW_BYTES = 8
@@ -68,6 +71,17 @@ def allowed(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0] * SHARE_ELSEWHERE)
     free = min(psutil.virtual_memory().available, _container_free())
     return int(free * SHARE.get(device.type, SHARE_ELSEWHERE)) // launched_here()
+
+
+def give_back() -> None:
+    """Return to the system what was freed and is kept for later: tables of samples are read once.
+
+    pyarrow keeps all of it; glibc what it took in pieces of up to 32 MiB.
+    """
+    pa.default_memory_pool().release_unused()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _container_free() -> float:
@@ -185,27 +199,31 @@ def plan(needs: Needs, budget: int) -> Plan:
     if whole.fits:
         return whole
     fewest = min(needs.batch_size, needs.train_rows)
-    small = replace(whole, window_rows=fewest)
-    room = budget - small.bytes + small.parts["validation rows"]
-    val = small.parts["validation rows"] > room * VAL_SHARE
-    small = replace(small, val_streamed=val and needs.val_rows > 0)
-    if not needs.train_rows and small.fits:
-        return small
     # As they are stored all rows may fit: then they are read once.
     tries = [(needs.train_rows, count) for count in (BUFFERS, 2)]
-    tries += [(count * fewest, count) for count in range(BUFFERS, 0, -1)]
-    for window, count in tries:
-        found = replace(small, window_rows=min(window, needs.train_rows), buffers=count)
-        if found.fits:
-            return _widest(found)
-    least = min(
-        (
-            replace(small, val_streamed=streamed, tile=min(tile, LEAST_TILE), block=0)
-            for streamed in {False, needs.val_rows > 0}
-        ),
-        key=lambda place: place.bytes,
-    )
-    return _widest(least) if least.fits else least
+    tries += [(min(count * fewest, needs.train_rows), count) for count in range(BUFFERS, 0, -1)]
+    for part in (1, 4, 16, 64):
+        small = replace(
+            whole,
+            window_rows=fewest,
+            tile=max(tile // part, min(tile, LEAST_TILE)),
+            block=block // part,
+        )
+        small = replace(small, val_streamed=_streams_val(small))
+        for window, count in tries:
+            found = replace(small, window_rows=window, buffers=count)
+            if found.fits:
+                return _widest(found)
+    least = replace(small, tile=min(tile, LEAST_TILE), block=0, val_streamed=False)
+    return min(least, replace(least, val_streamed=True), key=lambda place: place.bytes)
+
+
+def _streams_val(small: Plan) -> bool:
+    """Whether validation rows are read anew each time, given the least for training rows."""
+    here = small.parts["validation rows"]
+    anew = replace(small, val_streamed=True).parts["validation rows"]
+    left = small.budget - small.bytes + here
+    return anew < here > left * VAL_SHARE
 
 
 def _widest(found: Plan) -> Plan:

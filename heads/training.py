@@ -219,7 +219,9 @@ class Setup:
         if self.trains:
             position = self.engine(head, loss, data, place, progress, checkpoints).run()
         self.fit_validation(head, data, position)
+        del data
         self.material.release()
+        memory.give_back()
         return position
 
     def fit_validation(self, head: Head, data: Loaded, position: Position) -> None:
@@ -398,6 +400,11 @@ class Setup:
         return replace(plan, window_rows=int(window_rows))
 
     def _load(self, head: Head, place: memory.Plan) -> Loaded:
+        data = self._loaded(head, place)
+        memory.give_back()
+        return data
+
+    def _loaded(self, head: Head, place: memory.Plan) -> Loaded:
         # Of several processes the main one validates.
         rows = self.splits.val if self.processes.main else self.splits.val[:0]
         if place.val_streamed and len(rows):

@@ -39,10 +39,9 @@ def test_an_error_comes_where_its_item_would():
         yield 2
         raise ValueError("broken")
 
-    seen = []
+    seen: list[int] = []
     with pytest.raises(ValueError, match="broken"), ahead(source(), 3, "test") as items:
-        for item in items:
-            seen.append(item)
+        seen.extend(items)
     assert seen == [1, 2]
 
 

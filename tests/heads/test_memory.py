@@ -91,7 +91,7 @@ NEEDS = Needs(
 
 
 def test_more_memory_gives_larger_windows_and_more_batches():
-    places = [memory.plan(NEEDS, size * MIB) for size in (20, 40, 80, 160, 320, 640)]
+    places = [memory.plan(NEEDS, size * MIB) for size in (16, 40, 80, 160, 320, 640)]
     assert [place.fits for place in places] == [False, *[True] * 5]
     rows = [place.window_rows for place in places[1:]]
     assert rows == [*sorted(rows[:-1]), 0]
@@ -170,9 +170,7 @@ def test_windows_and_batches_take_what_is_planned(tmp_path):
     source = data.batches(50, seed=0)
     assert sum(len(y) for _, y in source.epoch(0, 0)) == 2000
     windows = [values for window in source._windows for values in window.fields.values()]
-    batches = [
-        values for one in source._buffers for values in (*one.inputs.values(), one.targets)
-    ]
+    batches = [values for one in source._buffers for values in (*one.inputs.values(), one.targets)]
     assert len(windows) == 2
     assert sum(values.nbytes for values in windows) <= place.parts["training rows"]
     assert sum(values.nbytes for values in batches) == place.parts["batches"]
@@ -221,7 +219,7 @@ def test_a_training_takes_no_more_memory_than_it_is_allowed(tmp_path):
     make_store(tmp_path / "large", 60_000, 1024)  # 117 MiB
     script = tmp_path / "peak.py"
     script.write_text(PEAK, encoding="utf-8")
-    places = [str(tmp_path / name) for name in ("small", "large", "")]
+    places = [str(tmp_path / name) for name in ("small", "large", "runs")]
     ended = subprocess.run(
         [sys.executable, str(script), *places, "30M"],
         capture_output=True,
