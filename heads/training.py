@@ -36,7 +36,7 @@ from mmc.heads.models import GROUP as HEAD_GROUP
 from mmc.heads.models import HEADS
 from mmc.heads.models.base import Head
 from mmc.heads.options import SEARCH, OptimConfig, TrainConfig, parse_set
-from mmc.heads.predict import Predictor
+from mmc.heads.predict import BLOCK_BYTES, Predictor
 from mmc.heads.streaming import StreamedData
 from mmc.heads.temperature import fit_temperature, probabilities
 from mmc.store.config import build
@@ -57,6 +57,8 @@ MAX_BATCH_ELSEWHERE = 65_536
 LR_BATCH, LR_POWER = 256, 0.25
 """On movies (batch 36), captions (70) and synthetic sets (1,000 to 2,000) a linear head was best at
 2e-4 to 6e-4 and an MLP at 3e-4 to 1e-3: far less growth than the root of the batch."""
+BATCHES_PER_BUDGET = 8
+"""Rows that are measured are read and prepared in batches; each takes some copies."""
 _INIT = 3
 
 
@@ -272,7 +274,11 @@ class Setup:
         Args:
             unseen: logits and targets to fit them on instead.
         """
-        predictor = Predictor(run, self.store, device=self.device)
+        limit = self.config.max_memory
+        most = memory.parse_size(limit) // BATCHES_PER_BUDGET if limit else BLOCK_BYTES
+        predictor = Predictor(
+            run, self.store, device=self.device, batch_bytes=min(most, BLOCK_BYTES)
+        )
         for name in ("val", "test"):
             rows = getattr(self.splits, name)
             if not len(rows):
@@ -438,8 +444,8 @@ class Setup:
             head,
             self.device,
             dtype,
-            block_bytes=place and place.block,
-            tile_bytes=place and place.tile,
+            block_bytes=None if place is None else place.block,
+            tile_bytes=None if place is None else place.tile,
         )
         return ResidentData(inputs=inputs, targets=self._targets(own), share=share, size=len(rows))
 

