@@ -29,7 +29,8 @@ BUFFERS = 3
 BLOCKS_PER_BUDGET = 64
 TILES_PER_BUDGET = 128
 """So that what threads read and prepare stays a small part of a small budget."""
-LEAST_TILE = 16 << 10
+LEAST_TILE, LEAST_BLOCK = 128 << 10, 256 << 10
+"""Smaller ones cost more in calls than in work."""
 TILE_COPIES = 4
 """What preparing takes of memory, in tiles: the fields as stored and as float32, and what is made
 of them."""
@@ -193,7 +194,8 @@ class Plan:
 def plan(needs: Needs, budget: int) -> Plan:
     """Keep everything in memory if it fits, else stream what does not; see ``Plan.fits``."""
     tile = min(needs.tile, max(budget // TILES_PER_BUDGET, LEAST_TILE))
-    block = min(BLOCK_BYTES, budget // BLOCKS_PER_BUDGET)
+    block = min(BLOCK_BYTES, max(budget // BLOCKS_PER_BUDGET, LEAST_BLOCK))
+    block = min(block, max(needs.train_rows, needs.val_rows) * needs.stored)
     whole = Plan(needs=needs, budget=budget, resident=0, tile=tile, block=block)
     whole = replace(whole, resident=whole.bytes)
     if whole.fits:
@@ -202,20 +204,17 @@ def plan(needs: Needs, budget: int) -> Plan:
     # As they are stored all rows may fit: then they are read once.
     tries = [(needs.train_rows, count) for count in (BUFFERS, 2)]
     tries += [(min(count * fewest, needs.train_rows), count) for count in range(BUFFERS, 0, -1)]
-    for part in (1, 4, 16, 64):
-        small = replace(
-            whole,
-            window_rows=fewest,
-            tile=max(tile // part, min(tile, LEAST_TILE)),
-            block=block // part,
-        )
+    least = min(tile, LEAST_TILE), min(block, LEAST_BLOCK)
+    smaller = max(tile // 4, least[0]), max(block // 4, least[1])
+    for sizes in ((tile, block), smaller, least):
+        small = replace(whole, window_rows=fewest, tile=sizes[0], block=sizes[1])
         small = replace(small, val_streamed=_streams_val(small))
         for window, count in tries:
             found = replace(small, window_rows=window, buffers=count)
             if found.fits:
                 return _widest(found)
-    least = replace(small, tile=min(tile, LEAST_TILE), block=0, val_streamed=False)
-    return min(least, replace(least, val_streamed=True), key=lambda place: place.bytes)
+    here = replace(small, val_streamed=False)
+    return min(here, replace(here, val_streamed=True), key=lambda place: place.bytes)
 
 
 def _streams_val(small: Plan) -> bool:

@@ -106,10 +106,11 @@ def test_rows_that_fit_as_they_are_stored_are_read_once():
 
 
 def test_a_head_that_trains_nothing_needs_room_for_validation_rows_alone():
-    place = memory.plan(replace(NEEDS, train_rows=0, labels=0), 10 * MIB)
+    need = replace(NEEDS, train_rows=0, val_rows=5_000, labels=0)
+    place = memory.plan(need, 40 * MIB)
     assert place.fits
     assert not place.val_streamed
-    small = memory.plan(replace(NEEDS, train_rows=0, labels=0), 4 * MIB)
+    small = memory.plan(need, 15 * MIB)
     assert small.fits
     assert small.val_streamed
     assert not small.window_rows
@@ -137,7 +138,8 @@ def make_store(folder: Path, rows: int, width: int) -> EmbeddingStore:
     return EmbeddingStore.open(folder)
 
 
-def test_windows_and_batches_take_what_is_planned(tmp_path):
+def test_windows_and_batches_take_what_is_planned(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "LEAST_BLOCK", 1000)
     store = make_store(tmp_path / "store", 2000, 16)
     need = Needs(
         train_rows=2000,

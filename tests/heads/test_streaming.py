@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmc.heads import batches as batches_module
-from mmc.heads import training as training_module
+from mmc.heads import memory
 from mmc.heads.batches import ResidentData, load_prepared
 from mmc.heads.models.ensemble import Ensemble
 from mmc.heads.models.linear import Linear, LinearConfig
@@ -27,6 +27,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(batches_module, "MIN_BLOCK_ROWS", 3)
+    monkeypatch.setattr(memory, "LEAST_BLOCK", 100)
     monkeypatch.setitem(batches_module.TILE_BYTES, "cpu", 2 * 4 * 16)
 
 
@@ -169,7 +170,7 @@ def test_training_streamed_gives_a_run_as_good(make_store: Callable, tmp_path):
     small = train(
         store,
         tmp_path / "small",
-        TrainConfig(epochs=20, batch_size=16, max_memory="30K"),
+        TrainConfig(epochs=20, batch_size=16, max_memory="36K"),
         report=said.append,
     )
     assert any("streamed" in line and "--max-memory" in line for line in said)
@@ -205,11 +206,11 @@ def test_weights_of_an_ensemble_are_fitted_on_all_validation_rows(
         return fit(self, blocks, targets, task, metric)
 
     monkeypatch.setattr(Ensemble, "fit_validation", spy)
-    plan = training_module.memory.plan
+    plan = memory.plan
     weights = []
     for streamed in (False, True):
         monkeypatch.setattr(
-            training_module.memory,
+            memory,
             "plan",
             lambda needs, budget, s=streamed: replace(plan(needs, budget), val_streamed=s),
         )
