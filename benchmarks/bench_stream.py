@@ -15,8 +15,9 @@ processors busy, than the processors can do all that there is to do: `processors
 reading, of preparing all rows and of an epoch in memory, divided among them.
 
 That is done for a step of the usual cost (80 labels, the default batch) and for a cheap one (20
-labels, batches of 8,192). With --disk-rate a slow disk is simulated besides: both contenders wait
-before each read until a bucket that fills at that rate holds its bytes.
+labels, batches of 4,096). With --disk-rate a slow disk is simulated besides: both contenders wait
+before each read until a bucket that fills at that rate holds its bytes (it holds those of a
+twentieth of a second).
 """
 
 import argparse
@@ -52,9 +53,10 @@ from mmc.store import EmbeddingStore, FieldSpec
 from mmc.store.mapped import MappedShard
 
 LABELS, VAL_ROWS = 80, 64
-CHEAP_LABELS, CHEAP_BATCH = 20, 8192
+CHEAP_LABELS, CHEAP_BATCH = 20, 4096
 FEATURES = {"image": "a/image"}
 READ_BYTES = 4 << 20
+BURST = 0.05
 
 
 def make_store(folder: Path, rows: int, dim: int) -> EmbeddingStore:
@@ -102,9 +104,12 @@ class SlowDisk:
         self._free = 0.0
 
     def wait(self, size: int) -> None:
-        """Until so many bytes more may be read. A disk saves up nothing while it is idle."""
+        """Until so many bytes more may be read.
+
+        What an idle disk reads ahead is that of BURST seconds.
+        """
         with self._lock:
-            self._free = max(self._free, time.perf_counter()) + size / self.rate
+            self._free = max(self._free, time.perf_counter() - BURST) + size / self.rate
             until = self._free
         time.sleep(max(until - time.perf_counter(), 0))
 
@@ -312,6 +317,7 @@ def run(epochs: Epochs, files: list[Path], rounds: int) -> None:
         f"{shown(plan.resident)} prepared with targets, {shown(plan.budget)} allowed: windows of "
         f"{plan.window_rows:,} rows, {plan.buffers} batches; {epochs.device}, "
         f"{torch.get_num_threads()} threads, {READERS} more read and {READERS} prepare"
+        + ("" if plan.fits else f"; MORE THAN IS ALLOWED: {shown(plan.bytes)}")
     )
     some = epochs.resident(epochs.targets(), VAL_ROWS)
     # What a step of any training takes is not the data's.

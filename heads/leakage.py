@@ -15,6 +15,7 @@ from mmc.store.schema import TOWER_CONTENT
 
 if TYPE_CHECKING:
     from mmc.store import EmbeddingStore
+    from mmc.store.feature import Feature
 
 Rows = npt.NDArray[np.int64]
 BOTH = "image and text"
@@ -24,7 +25,8 @@ NEAR_PAIRS = 50_000_000
 """More are not compared when a head is trained."""
 NEAR_WIDTH = 32
 """Of fewer values some are near by chance."""
-NEAR_TILE = 1 << 22
+NEAR_BYTES = 2 << 20
+"""Of vectors, as float32, that are compared at a time."""
 RANDOM_PAIRS = 20_000
 
 
@@ -60,19 +62,20 @@ def near_in_train(
     pooled = [name for name in features if is_vector(store, name)]
     if not pooled or not len(train) or not 0 < len(train) * len(rows) <= NEAR_PAIRS:
         return None
-    worst: list[tuple[Tensor, Tensor, float]] = []
-    for name in pooled:
-        ours, theirs = (unit_rows(store, name, taken) for taken in (rows, train))
-        worst.append((ours, theirs, NEAR_SHARE * random_distance(theirs)))
-    step = max(1, NEAR_TILE // len(train))
+    read = {name: store[name] for name in pooled}
+    most = {name: NEAR_SHARE * random_distance(read[name], train) for name in pooled}
+    # Piece by piece, whatever the sets: so few pairs are read in no time.
+    step = max(1, NEAR_BYTES // (4 * sum(feature.shape[1] for feature in read.values())))
     near = np.zeros(len(rows), bool)
-    for i in range(0, len(rows), step):
-        close = None
-        for ours, theirs, most in worst:
-            found = 1 - ours[i : i + step] @ theirs.T <= most
-            close = found if close is None else close & found
-        assert close is not None
-        near[i : i + step] = close.any(1).numpy()
+    for i in range(0, len(train), step):
+        theirs = {name: unit_rows(read[name], train[i : i + step]) for name in pooled}
+        for j in range(0, len(rows), step):
+            close = None
+            for name, vectors in theirs.items():
+                found = 1 - unit_rows(read[name], rows[j : j + step]) @ vectors.T <= most[name]
+                close = found if close is None else close & found
+            assert close is not None
+            near[j : j + step] |= close.any(1).numpy()
     keys = [
         store.column(f"{content}_key").combine_chunks() for content in contents(store, features)
     ]
@@ -89,20 +92,26 @@ def is_vector(store: "EmbeddingStore", name: str) -> bool:
     return len(stored.shape) == 2 and stored.dtype.kind == "f" and stored.shape[1] >= NEAR_WIDTH
 
 
-def unit_rows(store: "EmbeddingStore", name: str, rows: Rows) -> Tensor:
+def unit_rows(feature: "Feature", rows: Rows) -> Tensor:
     """A feature of ``rows``, float32 (n, D) of length 1."""
-    values = np.ascontiguousarray(store[name].take(rows), np.float32)
+    values = np.ascontiguousarray(feature.take(rows), np.float32)
     return F.normalize(torch.from_numpy(values), dim=1)
 
 
-def random_distance(unit: Tensor) -> float:
-    """Median of 1 - cosine of two random rows of ``unit`` (n, D); 0 where there is only one."""
+def random_distance(feature: "Feature", rows: Rows) -> float:
+    """Median of 1 - cosine of two random ones of ``rows``; 0 where there is only one."""
     random = np.random.default_rng(0)
-    one, other = random.integers(0, len(unit), (2, RANDOM_PAIRS))
+    one, other = random.integers(0, len(rows), (2, RANDOM_PAIRS))
     apart = one != other
     if not apart.any():
         return 0.0
-    return 1 - float((unit[one[apart]] * unit[other[apart]]).sum(1).median())
+    one, other = rows[one[apart]], rows[other[apart]]
+    step = max(1, NEAR_BYTES // (4 * feature.shape[1]))
+    cosines = []
+    for i in range(0, len(one), step):
+        ours, theirs = (unit_rows(feature, part[i : i + step]) for part in (one, other))
+        cosines.append((ours * theirs).sum(1))
+    return 1 - float(torch.cat(cosines).median())
 
 
 def contents(store: "EmbeddingStore", features: Sequence[str]) -> list[str]:

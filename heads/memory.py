@@ -203,13 +203,14 @@ def plan(needs: Needs, budget: int) -> Plan:
     fewest = min(needs.batch_size, needs.train_rows)
     # As they are stored all rows may fit: then they are read once.
     tries = [(needs.train_rows, count) for count in (BUFFERS, 2)]
-    tries += [(min(count * fewest, needs.train_rows), count) for count in range(BUFFERS, 0, -1)]
+    tries += [(size * fewest, count) for size, count in ((3, BUFFERS), (2, 2), (1, 2), (1, 1))]
     least = min(tile, LEAST_TILE), min(block, LEAST_BLOCK)
     smaller = max(tile // 4, least[0]), max(block // 4, least[1])
     for sizes in ((tile, block), smaller, least):
         small = replace(whole, window_rows=fewest, tile=sizes[0], block=sizes[1])
         small = replace(small, val_streamed=_streams_val(small))
         for window, count in tries:
+            window = min(window, needs.train_rows)
             found = replace(small, window_rows=window, buffers=count)
             if found.fits:
                 return _widest(found)

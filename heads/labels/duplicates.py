@@ -16,7 +16,7 @@ from scipy.sparse.csgraph import connected_components
 
 from mmc.heads.labels.around import Around
 from mmc.heads.labels.material import Ints, Material, spaced
-from mmc.heads.leakage import NEAR_SHARE, random_distance, unit_rows
+from mmc.heads.leakage import NEAR_SHARE, random_distance
 from mmc.store.schema import TOWER_CONTENT
 
 COLUMNS = (
@@ -83,7 +83,7 @@ def near_groups(material: Material, by: Around, threshold: float | None = None) 
 def near_threshold(material: Material, feature: str) -> float:
     """The cosine from which two samples are near-identical, by how far random ones are apart."""
     some = spaced(material.rows, THRESHOLD_ROWS)
-    return 1 - NEAR_SHARE * random_distance(unit_rows(material.store, feature, some))
+    return 1 - NEAR_SHARE * random_distance(material.store[feature], some)
 
 
 def leaks(material: Material, members: Ints) -> bool:
