@@ -107,11 +107,11 @@ def random_distance(feature: "Feature", rows: Rows) -> float:
         return 0.0
     one, other = rows[one[apart]], rows[other[apart]]
     step = max(1, NEAR_BYTES // (4 * feature.shape[1]))
-    cosines = []
+    cosines = torch.empty(len(one))
     for i in range(0, len(one), step):
         ours, theirs = (unit_rows(feature, part[i : i + step]) for part in (one, other))
-        cosines.append((ours * theirs).sum(1))
-    return 1 - float(torch.cat(cosines).median())
+        torch.sum(ours.mul_(theirs), 1, out=cosines[i : i + step])
+    return 1 - float(cosines.median())
 
 
 def contents(store: "EmbeddingStore", features: Sequence[str]) -> list[str]:
