@@ -198,7 +198,7 @@ class Epochs:
             score=labels * 4,
             tile=largest_tile(self.head, device),
         )
-        self.plan = memory.plan(needs, max_memory or self.rows * (labels + row // 10))
+        self.plan = memory.plan(needs, max_memory or self.rows * (labels + row // 10) + (16 << 20))
 
     def targets(self) -> torch.Tensor:
         """Random ones; drawn piece by piece, since their memory is measured."""
@@ -271,7 +271,9 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=400_000)
     parser.add_argument("--dim", type=int, default=1024)
-    parser.add_argument("--max-memory", help="as of train-head (default: targets + a tenth)")
+    parser.add_argument(
+        "--max-memory", help="as of train-head (default: targets, a tenth and 16 MiB)"
+    )
     parser.add_argument("--disk-rate", help="bytes a second of a simulated slow disk, as 200M")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
