@@ -18,13 +18,15 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmc.extract.prepare_check import named_labels
 from mmc.extract.sources import Samples, SourceOptions, read_source, resolve_image
 from mmc.extract.sources.embedded import inside, table_of
 from mmc.store.errors import InputError
 from mmc.store.files import rename, sync_folder, write_temporary
+from mmc.store.samples import UNKNOWN
 
 SUFFIXES = (".csv", ".parquet")
-COLUMNS = ("id", "split", "labels", "text", "image", "image_offset", "size")
+COLUMNS = ("id", "split", "labels", "text", "image", "image_offset", "size", UNKNOWN.name)
 UNLABELLED = "null"
 """A label cell of a CSV file for "not labelled", where the empty one means "none of them"."""
 
@@ -70,6 +72,8 @@ def write_table(
         columns["split"] = table["split"]
     if samples.label_set:
         columns["labels"] = _label_names(samples)
+    if UNKNOWN.name in table.column_names:
+        columns[UNKNOWN.name] = _name_lists(table[UNKNOWN.name], samples.label_set)
     columns["text"] = table["text"]
     if table["image"].null_count < len(table):
         places = _places(out, samples)
@@ -96,11 +100,15 @@ def write_table(
 def _label_names(samples: Samples) -> pa.Array:
     """Lists of names, or one name where a sample has but one; null = unlabelled."""
     names = samples.label_set
-    cells = samples.table["labels"].to_pylist()
     if samples.task == "multilabel":
-        lists = [None if cell is None else [names[at] for at in cell] for cell in cells]
-        return pa.array(lists, pa.list_(pa.string()))
+        return _name_lists(samples.table["labels"], names)
+    cells = samples.table["labels"].to_pylist()
     return pa.array([names[cell[0]] if cell else None for cell in cells], pa.string())
+
+
+def _name_lists(labels: pa.ChunkedArray, names: Sequence[str]) -> pa.Array:
+    lists = [None if cell is None else [names[at] for at in cell] for cell in labels.to_pylist()]
+    return pa.array(lists, pa.list_(pa.string()))
 
 
 @dataclass(frozen=True)
@@ -195,7 +203,7 @@ def _differences(out: Path, samples: Samples) -> list[str]:
     lost = [name for name in samples.label_set if name not in back.label_set]
     if lost:
         found.append(f"labels that no sample has are not in it, such as {lost[0]!r}")
-    names = [_named(one) for one in (samples, back)]
+    names = [named_labels(one.table, one.label_set) for one in (samples, back)]
     for what, one, other in (
         ("labels", *names),
         ("texts", *(each.table["text"].to_pylist() for each in (samples, back))),
@@ -205,11 +213,3 @@ def _differences(out: Path, samples: Samples) -> list[str]:
         if count:
             found.append(f"{count:,} samples have other {what} when it is read")
     return found
-
-
-def _named(samples: Samples) -> list[frozenset[str] | None]:
-    names = samples.label_set
-    return [
-        None if cell is None else frozenset(names[at] for at in cell)
-        for cell in samples.table["labels"].to_pylist()
-    ]

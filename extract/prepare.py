@@ -59,6 +59,7 @@ from mmc.extract.sources.splits import SPLITS
 from mmc.store.errors import InputError
 from mmc.store.files import LocalFiles
 from mmc.store.locks import held
+from mmc.store.samples import UNKNOWN
 
 __all__ = ["PrepareConfig", "PrepareReport", "prepare"]
 
@@ -142,6 +143,7 @@ class _Work:
         self._usual = set(self._table["split"].unique().to_pylist()) <= set(SPLITS)
         self._content = Content(_with_source(self._table), [samples.source])
         self._has_image = holds(self._table["image"])
+        self._partly = UNKNOWN.name in self._table.column_names
         self._others = [name for name in self._table.column_names if name not in CORE]
         self._plan = self._planned()
         self._total = sum(len(shard.rows) for shard in self._plan)
@@ -243,9 +245,17 @@ class _Work:
             return None
 
     def _metadata(self, rows: pa.Table) -> list[dict[str, Any]]:
-        """What goes into the JSON of each sample: id, split, labels and the user's columns."""
+        """What goes into the JSON of each sample: id, split, labels, those that are not known
+        (where there are any), and the user's columns."""
         names = self._label_names(rows)
         others = rows.select(self._others).to_pylist() if self._others else [{}] * len(rows)
+        if self._partly:
+            label_set = self._samples.label_set
+            unknown = rows[UNKNOWN.name].to_pylist()
+            others = [
+                {UNKNOWN.name: [label_set[at] for at in cell], **other} if cell else other
+                for cell, other in zip(unknown, others, strict=True)
+            ]
         core = zip(rows["id"].to_pylist(), rows["split"].to_pylist(), names, others, strict=True)
         return [
             {"id": name, "split": split, "labels": labels, **_plain(other)}
@@ -297,10 +307,11 @@ class _Work:
                 *(written[name].to_pylist() for name in ("shard", "key", "size")), strict=True
             )
         ]
-        header = ["id", "image", "text", "labels", "split", *self._others]
+        more = [*([UNKNOWN.name] if self._partly else []), *self._others]
+        header = ["id", "image", "text", "labels", "split", *more]
         lines = [
             [one["id"], image, text, _cell(one["labels"]), one["split"]]
-            + [_cell(one.get(name)) for name in self._others]
+            + [_cell(one.get(name)) for name in more]
             for one, image, text in zip(
                 self._metadata(rows), images, rows["text"].to_pylist(), strict=True
             )

@@ -6,6 +6,7 @@ import pyarrow as pa
 from mmc.extract.sources import Samples, SourceOptions, read_source
 from mmc.extract.sources.base import listed
 from mmc.store.errors import InputError
+from mmc.store.samples import UNKNOWN
 
 
 def compare(samples: Samples, rows: pa.ChunkedArray, folder: str, to: str) -> tuple[str, ...]:
@@ -44,19 +45,27 @@ def compare(samples: Samples, rows: pa.ChunkedArray, folder: str, to: str) -> tu
 
 
 def _labels(samples: Samples, there: pa.Table, back: Samples, to: str) -> list[str]:
-    before = _named(there["labels"], samples.label_set)
-    after = _named(back.table["labels"], back.label_set)
+    before, after = named_labels(there, samples.label_set), named_labels(back.table, back.label_set)
     differ = np.flatnonzero([a != b for a, b in zip(before, after, strict=True)])
     if not len(differ):
         return []
     first = there["id"][int(differ[0])].as_py()
-    unknown = all(before[at] is None for at in differ)
+    unknown = all(before[at][0] is None for at in differ)
     why = ": a table cannot say that a sample is unlabelled" if unknown and to == "csv" else ""
     hint = "; --to webdataset can say it" if to == "csv" else ""
     return [f"{len(differ)} samples have other labels when it is read, first {first!r}{why}{hint}"]
 
 
-def _named(labels: pa.ChunkedArray, names: tuple[str, ...]) -> list[frozenset[str] | None]:
-    return [
-        None if cell is None else frozenset(names[at] for at in cell) for cell in labels.to_pylist()
-    ]
+Names = frozenset[str] | None
+
+
+def named_labels(table: pa.Table, names: tuple[str, ...]) -> list[tuple[Names, Names]]:
+    """The names of each sample's labels, and of those that are unknown; None = null."""
+
+    def named(cells: list[list[int] | None]) -> list[Names]:
+        return [None if cell is None else frozenset(names[at] for at in cell) for cell in cells]
+
+    given = named(table["labels"].to_pylist())
+    if UNKNOWN.name not in table.column_names:
+        return [(labels, None) for labels in given]
+    return list(zip(given, named(table[UNKNOWN.name].to_pylist()), strict=True))

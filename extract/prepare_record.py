@@ -16,6 +16,7 @@ from mmc.extract.sources.splits import SPLITS
 from mmc.extract.sources.state import hash_samples
 from mmc.store.errors import InputError
 from mmc.store.files import LocalFiles
+from mmc.store.samples import UNKNOWN
 
 Say = Callable[[str], None]
 
@@ -23,7 +24,7 @@ FORMAT = 1
 INDEX = "index.parquet"
 TABLE = "samples.csv"
 """The one table where there are other splits than train, val and test."""
-CORE = ("id", "split", "labels", "text", "image", "image_offset", "size")
+CORE = ("id", "split", "labels", "text", "image", "image_offset", "size", UNKNOWN.name)
 """Columns with a meaning of their own; the others are the user's."""
 _TABLES = ("csv", "jsonl", "parquet", "arrow")
 """Formats that do not look into folders."""

@@ -4,8 +4,7 @@ Legend: n samples, C labels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -57,30 +56,6 @@ class ArrayFeature:
             return np.array(self._values[rows])
         np.copyto(out, self._values[rows])
         return out
-
-
-@dataclass(frozen=True)
-class PartialLabels(Labels):
-    """Labels of which single ones may be unknown."""
-
-    hot: npt.NDArray[np.int8]
-    """(n, C): 1 yes, 0 no, -1 unknown."""
-
-    @classmethod
-    def of_hot(cls, hot: npt.NDArray[np.int8]) -> Self:
-        """From the array alone."""
-        rows, indices = np.nonzero(hot == 1)
-        indptr = np.searchsorted(rows, np.arange(len(hot) + 1)).astype(np.int64)
-        known: npt.NDArray[np.bool_] = np.any(hot >= 0, axis=1)
-        return cls(indptr, indices.astype(np.int32), known, hot.shape[1], hot)
-
-    def multi_hot(self, rows: npt.ArrayLike | None = None) -> npt.NDArray[np.int8]:
-        """(n, C) for ``rows`` (all when None)."""
-        return self.hot if rows is None else self.hot[np.asarray(rows, np.int64)]
-
-    def known_counts(self, rows: npt.ArrayLike | None = None) -> npt.NDArray[np.int64]:
-        """(C,) for how many of ``rows`` (all when None) each label is known."""
-        return (self.multi_hot(rows) >= 0).sum(0, dtype=np.int64)
 
 
 class ArrayStore:
@@ -177,7 +152,7 @@ def _labels(targets: npt.NDArray[Any] | None, count: int, num_labels: int) -> La
         nothing = np.zeros(count + 1, np.int64)
         return Labels(nothing, np.empty(0, np.int32), np.zeros(count, bool), num_labels)
     if targets.ndim == 2:
-        return PartialLabels.of_hot(targets)
+        return Labels.of_hot(targets)
     one_each = np.arange(count + 1, dtype=np.int64)
     return Labels(one_each, targets.astype(np.int32), np.ones(count, bool), num_labels)
 

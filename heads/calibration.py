@@ -88,7 +88,7 @@ class BinnedCalibration:
         total = self.sums[0].sum()
         return {
             "ece": float(_error(per_label.sum(1))),
-            "ece_per_label": float(_error(per_label).mean()),
+            "ece_per_label": float(_error(per_label).nanmean()),
             "ece_above_0.1": float(_error(self.above)),
             "brier": float(self.squared / total),
         }

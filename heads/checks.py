@@ -95,17 +95,20 @@ class _Chance:
     """How the decisions compare with the same decisions shuffled over the samples."""
 
     rows: int = 0
+    """Samples of which a label is known."""
     hits: float = 0.0
+    known: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     predicted: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     true: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
     def add(self, decisions: npt.NDArray[np.bool_], truth: npt.NDArray[np.int8]) -> None:
-        """Add samples: bool (n, C) and int8 (n, C); rows with an unknown entry are left out."""
-        known = (truth >= 0).all(1)
-        decisions, yes = decisions[known], truth[known] == 1
-        if not self.rows:
-            self.predicted, self.true = np.zeros(yes.shape[1]), np.zeros(yes.shape[1])
-        self.rows += len(yes)
+        """Add samples: bool (n, C) and int8 (n, C); unknown entries are left out."""
+        known, yes = truth >= 0, truth == 1
+        decisions = decisions & known
+        if not len(self.known):
+            self.known, self.predicted, self.true = np.zeros((3, yes.shape[1]))
+        self.rows += int(known.any(1).sum())
+        self.known += known.sum(0)
         self.hits += float((decisions & yes).sum())
         self.predicted += decisions.sum(0)
         self.true += yes.sum(0)
@@ -115,10 +118,10 @@ class _Chance:
 
         A label's hits are hypergeometric under shuffling; labels are taken as independent.
         """
-        n = max(self.rows, 2)
-        expected = float((self.predicted * self.true).sum()) / n
+        n = np.maximum(self.known, 2)
+        expected = float((self.predicted * self.true / n).sum())
         spread = self.predicted * self.true * (n - self.predicted) * (n - self.true)
-        deviation = math.sqrt(float(spread.sum()) / (n * n * (n - 1)))
+        deviation = math.sqrt(float((spread / (n * n * (n - 1))).sum()))
         if deviation == 0:
             return expected, 0.0, 0.0
         best = float(np.minimum(self.predicted, self.true).sum())

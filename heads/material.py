@@ -3,6 +3,7 @@
 from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,6 +70,14 @@ class Material:
             return torch.from_numpy(indptr), torch.from_numpy(indices)
 
         return self._once(("label rows", id(chosen)), look_up)
+
+    def unknown_rows(self, chosen: Splits) -> tuple[Tensor, Tensor] | None:
+        """Single labels that training rows do not know, in the same form; None: there are none."""
+        labels = self.store.labels
+        if not labels.partly:
+            return None
+        indptr, indices = labels.unknown(chosen.train)
+        return torch.from_numpy(indptr), torch.from_numpy(indices.astype(np.int64))
 
     def fit_inputs(self, head: "Head", reads: Hashable, fit: Callable[[], None]) -> None:
         """``fit`` the head's inputs, or take over what a head of the same preparation found.

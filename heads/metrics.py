@@ -134,6 +134,7 @@ class _Decisions:
         n, num_labels = logits.shape
         zeros = torch.zeros(num_labels, dtype=torch.float64, device=logits.device)
         self.tp, self.predicted, self.true = zeros.clone(), zeros.clone(), zeros.clone()
+        self.known_rows = zeros.clone()
         self.samples = self.known = self.unknown = 0
         self.exact = self.empty = self.samples_sum = self.wrong = 0.0
         step = max(1, CHUNK_ENTRIES // num_labels)
@@ -151,6 +152,7 @@ class _Decisions:
         self.tp += (chosen & yes).sum(0)
         self.predicted += chosen.sum(0)
         self.true += yes.sum(0)
+        self.known_rows += known.sum(0)
         self.samples += len(logits)
         self.unknown += int((~rows).sum())
         self.known += int(known.sum())
@@ -166,13 +168,14 @@ class _Decisions:
         return {
             "micro_f1": ratio(2 * self.tp.sum(), self.predicted.sum() + self.true.sum()),
             "macro_f1": mean(per_label),
-            "weighted_f1": ratio((per_label * self.true).sum(), total),
+            "weighted_f1": ratio((per_label * self.true).nansum(), total),
             "samples_f1": self.samples_sum / self.samples if self.samples else math.nan,
         }
 
     def per_label_f1(self) -> Tensor:
-        """F1 of every label, float64 (C,)."""
-        return 2 * self.tp / (self.predicted + self.true).clamp(min=1)
+        """F1 of every label, float64 (C,); NaN where it is known of no row."""
+        f1 = 2 * self.tp / (self.predicted + self.true).clamp(min=1)
+        return torch.where(self.known_rows > 0, f1, torch.nan)
 
 
 def _multilabel(
@@ -188,6 +191,7 @@ def _multilabel(
     return {
         "samples": counts.samples,
         "unknown": counts.unknown,
+        "unknown_entries": counts.samples * len(label_set) - counts.known,
         "labels": len(label_set),
         "labels_evaluated": int((ranking.positives > 0).sum()),
         "mAP": mean(ranking.ap),

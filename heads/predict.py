@@ -298,7 +298,7 @@ def aligned_targets(run: Run, store: "EmbeddingStore", rows: Rows) -> Tensor:
     out = torch.zeros(len(rows), len(run.label_set), dtype=torch.int8)
     if len(store.label_set):
         out[:, [place[label] for label in store.label_set]] = known
-        out[known[:, 0] < 0] = -1
+        out[(known < 0).all(1)] = -1
     else:
         out[:] = -1
     return out

@@ -19,7 +19,7 @@ from mmc.heads.projection import Projection
 from mmc.heads.temperature import probabilities
 from mmc.heads.thresholds import decide
 from mmc.store.errors import MmcError
-from mmc.store.samples import COLUMNS, INTERNAL
+from mmc.store.samples import COLUMNS, INTERNAL, UNKNOWN
 
 if TYPE_CHECKING:
     from mmc.store import EmbeddingStore
@@ -33,7 +33,7 @@ JOIN = ", "
 METADATA = b"mmc"
 THREADS = min(4, os.cpu_count() or 1)
 PREDICTED = ("prediction", "predicted", "confidence", "correct", "probabilities")
-MADE = ("label", "labels", "projection_x", "projection_y", "thumbnail", *PREDICTED)
+MADE = ("label", "labels", UNKNOWN.name, "projection_x", "projection_y", "thumbnail", *PREDICTED)
 """Columns whose names a user's column cannot have."""
 
 
@@ -69,7 +69,7 @@ class SampleColumns:
         if run is not None:
             run.check_labels(store.label_set, store.path)
             self.predictor = Predictor(run, store, device=device)
-        own = [*COLUMNS.names, *INTERNAL.names]
+        own = [*COLUMNS.names, *INTERNAL.names, *([UNKNOWN.name] if store.labels.partly else [])]
         samples = store.samples
         self.user = samples.select([n for n in samples.column_names if n not in own])
         self.core = samples.select(["id", "split", "text", "image", "image_offset", "size"])
@@ -122,12 +122,13 @@ class SampleColumns:
         """Everything but embeddings and probabilities of a block."""
         taken = pa.array(self.rows[part])
         core = self.core.take(taken)
-        labels = self._names(part)
+        labels, unknown = self._names(part), self._unknown(part)
         columns: dict[str, Any] = {
             "id": core["id"],
             "split": core["split"],
             "label": pa.array([None if x is None else JOIN.join(x) for x in labels], pa.string()),
             "labels": pa.array(labels, pa.list_(pa.string())),
+            **({} if unknown is None else {UNKNOWN.name: pa.array(unknown, pa.list_(pa.string()))}),
             "text": core["text"],
             "image": self._images(part, core["image"]),
         }
@@ -156,9 +157,10 @@ class SampleColumns:
         for place, flags in zip(np.flatnonzero(ok).tolist(), chosen, strict=True):
             given[place] = [run.label_set[i] for i in flags.nonzero()[:, 0].tolist()]
         true = self._names(part)
+        unknown = self._unknown(part) or [[]] * len(rows)
         right = [
-            None if t is None or g is None else set(t) == set(g)
-            for t, g in zip(true, given, strict=True)
+            None if t is None or g is None else set(t) == set(g) - set(u)
+            for t, g, u in zip(true, given, unknown, strict=True)
         ]
         best = np.full(len(rows), np.nan, np.float32)
         best[ok] = p.max(1).values.numpy() if len(p) else 0
@@ -178,6 +180,15 @@ class SampleColumns:
             known = bool(labels.known[row])
             found.append([names[i] for i in labels.indices[start:stop]] if known else None)
         return found
+
+    def _unknown(self, part: slice) -> list[list[str]] | None:
+        """Names of single labels that are not known; None: the store knows rows as a whole."""
+        labels, names = self.store.labels, self.store.label_set
+        if not labels.partly:
+            return None
+        indptr, indices = labels.unknown(self.rows[part])
+        cuts = zip(indptr[:-1].tolist(), indptr[1:].tolist(), strict=True)
+        return [[names[i] for i in indices[start:stop]] for start, stop in cuts]
 
     def _images(self, part: slice, named: pa.ChunkedArray) -> Any:
         if self.pictures is None:

@@ -112,12 +112,8 @@ def targets(store: "EmbeddingStore", rows: Rows) -> Tensor:
 
 def label_rows(store: "EmbeddingStore", rows: Rows) -> tuple[Rows, Rows]:
     """Row i of ``rows`` has the labels ``indices[indptr[i]:indptr[i + 1]]``, int64."""
-    labels = store.labels
-    counts = labels.indptr[rows + 1] - labels.indptr[rows]
-    indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    # Place of every label in the store's list: the row's start plus 0, 1, 2 ...
-    places = np.repeat(labels.indptr[rows] - indptr[:-1], counts) + np.arange(indptr[-1])
-    return indptr, labels.indices[places].astype(np.int64)
+    indptr, indices = store.labels.given(rows)
+    return indptr, indices.astype(np.int64)
 
 
 def digest(splits: Splits, store: "EmbeddingStore") -> str:

@@ -162,7 +162,8 @@ class Setup:
                 self.material.fit_inputs(head, self._reads(), lambda: self._fit_inputs(head))
                 head.set_prior(loss.prior())
                 if self.head_class.fit_labels is not Head.fit_labels:
-                    head.fit_labels(*self.material.label_rows(self.splits))
+                    given = self.material.label_rows(self.splits)
+                    head.fit_labels(*given, self.material.unknown_rows(self.splits))
                 head.load_weights()
         self.processes.share(head.state_dict().values())
         return head, loss

@@ -31,7 +31,7 @@ from mmc.store.labeltext import read_label_text, write_label_text
 from mmc.store.layout import Layout
 from mmc.store.locks import exclusive
 from mmc.store.mapped import Rows
-from mmc.store.samples import SamplesFile, take_rows, write_root, write_samples
+from mmc.store.samples import SamplesFile, settled, take_rows, write_root, write_samples
 from mmc.store.schema import FAILED, AliasRecord, dump
 from mmc.store.shards import encode
 
@@ -58,8 +58,10 @@ def compact_files(files: Files) -> int:
         keep = np.flatnonzero(~gone)
         for alias in alias_names(files):
             _stage(files, alias, generation, len(gone), keep)
-        meta = replace(samples.meta, generation=generation + 1)
-        write_samples(files, take_rows(samples.read(), keep), meta)
+        table, meta = settled(
+            take_rows(samples.read(), keep), replace(samples.meta, generation=generation + 1)
+        )
+        write_samples(files, table, meta)
         finish(files, meta.generation)
         files.remove_tree(INDEX)
         write_root(files, meta)

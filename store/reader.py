@@ -27,12 +27,14 @@ from mmc.store.places import check_free, nearest, not_a_store
 from mmc.store.samples import (
     ROOT,
     SAMPLES,
+    UNKNOWN,
     Labels,
     Rows,
     SamplesFile,
     StoreMeta,
     canonical,
     check_meta,
+    settled,
     with_internal,
     write_root,
     write_samples,
@@ -40,6 +42,7 @@ from mmc.store.samples import (
 from mmc.store.schema import (
     DONE,
     FAILED,
+    PARTLY,
     AliasRecord,
     Compression,
     FieldSpec,
@@ -85,7 +88,7 @@ class EmbeddingStore:
         if raw is None and not lost:
             raise NotAStoreError(not_a_store(files))
         try:
-            ours = raw is None or mmc_attributes(raw, files.where(ROOT)) is not None
+            ours = raw is None or mmc_attributes(raw, files.where(ROOT), PARTLY) is not None
         except DamagedStoreError:
             # A copy of what samples.parquet says, which the next writer and `repair` put back.
             if files.size(SAMPLES) is None:
@@ -125,6 +128,7 @@ class EmbeddingStore:
         check_free(files)
         count = len(table)
         table = with_internal(table, np.zeros(count, np.int16), np.zeros(count, bool))
+        table, meta = settled(table, meta)
         files.write(f"{FEATURES}/{ROOT}", [dump(group_json({}))])
         write_samples(files, table, meta)
         # Last: without it the path is no store, and create() may try again.
@@ -196,7 +200,10 @@ class EmbeddingStore:
     def labels(self) -> Labels:
         """Labels of all rows."""
         if self._labels is None:
-            self._labels = Labels.of(self.column("labels"), ~self.live, len(self.label_set))
+            unknown = self.column(UNKNOWN.name) if self._samples.partly else None
+            self._labels = Labels.of(
+                self.column("labels"), ~self.live, len(self.label_set), unknown
+            )
         return self._labels
 
     def rows(
@@ -210,7 +217,7 @@ class EmbeddingStore:
         Args:
             split: only rows of this split ("" for those without).
             features: only rows that are done in all of these.
-            labelled: only rows whose labels are known (True) or unknown (False).
+            labelled: only rows of which labels are known (True) or none is (False).
 
         Raises:
             InputError: no such feature.

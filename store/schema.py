@@ -14,6 +14,9 @@ import numpy.typing as npt
 from mmc.store.errors import DamagedStoreError, FormatVersionError, InputError
 
 FORMAT = 1
+PARTLY = 2
+"""The format that samples.parquet and the root group claim where single labels are unknown: readers
+that know only format 1 would take those for "no", and so refuse the store."""
 
 MISSING, DONE, FAILED = 0, 1, 2
 """The values of a status array: never committed, committed, tried and failed."""
@@ -240,8 +243,11 @@ class AliasRecord:
         return record
 
 
-def mmc_attributes(raw: bytes, where: str) -> dict[str, Any] | None:
+def mmc_attributes(raw: bytes, where: str, newest: int = FORMAT) -> dict[str, Any] | None:
     """The ``mmc`` attributes of a zarr.json; None when it is a zarr node without them.
+
+    Args:
+        newest: see `check_format`.
 
     Raises:
         DamagedStoreError: not JSON.
@@ -254,12 +260,15 @@ def mmc_attributes(raw: bytes, where: str) -> dict[str, Any] | None:
     attributes = data.get("attributes", {}).get("mmc") if isinstance(data, dict) else None
     if not isinstance(attributes, dict):
         return None
-    check_format(attributes.get("format"), where)
+    check_format(attributes.get("format"), where, newest)
     return attributes
 
 
-def check_format(version: object, where: str) -> None:
+def check_format(version: object, where: str, newest: int = FORMAT) -> None:
     """Refuse formats that this mmc does not read.
+
+    Args:
+        newest: that it reads of what there is at ``where``.
 
     Raises:
         FormatVersionError: newer than ours.
@@ -267,9 +276,9 @@ def check_format(version: object, where: str) -> None:
     """
     if not isinstance(version, int) or version < 1:
         raise DamagedStoreError(f"{where} has no format version (got {version!r})")
-    if version > FORMAT:
+    if version > newest:
         raise FormatVersionError(
-            f"{where} has format {version} and this mmc reads up to {FORMAT}; upgrade mmc"
+            f"{where} has format {version} and this mmc reads up to {newest}; upgrade mmc"
         )
 
 

@@ -15,15 +15,25 @@ def format_summary(info: Mapping[str, Any]) -> str:
         f"{info['path']}: format {info['format']}, {format_bytes(info['bytes'])}",
         f"samples  {info['rows']:,}{gone}: {splits}",
         f"task     {info['task']}, {len(info['labels'])} labels, {info['labelled']:,} labelled",
+        *_unknown(info),
         *_tree(info["label_tree"]),
         *(f"source   {source['spec']}" for source in info["sources"]),
         "",
         *_features(info),
-        *_labels(info["labels"]),
+        *_labels(info["labels"], info["unknown_labels"]),
     ]
     for alias, record in info["aliases"].items():
         lines += ["", *_provenance(alias, record)]
     return "\n".join(lines)
+
+
+def _unknown(info: Mapping[str, Any]) -> list[str]:
+    """One line about single labels that are unknown."""
+    if not info["partly_labelled"]:
+        return []
+    entries, rows = sum(info["unknown_labels"].values()), info["partly_labelled"]
+    labels = len(info["unknown_labels"])
+    return [f"unknown  {entries:,} single labels of {rows:,} samples, in {labels:,} labels"]
 
 
 def _tree(tree: Mapping[str, Sequence[str]]) -> list[str]:
@@ -52,13 +62,16 @@ def _features(info: Mapping[str, Any]) -> list[str]:
     return _align(rows)
 
 
-def _labels(counts: Mapping[str, int]) -> list[str]:
+def _labels(counts: Mapping[str, int], unknown: Mapping[str, int]) -> list[str]:
     if not counts:
         return []
     most = sorted(counts.items(), key=lambda item: -item[1])[:LABELS_SHOWN]
     rest = len(counts) - len(most)
-    title = ("label", "samples")
-    lines = ["", *_align([title, *((name, f"{count:,}") for name, count in most)])]
+    rows: list[tuple[str, ...]] = [("label", "samples"), *((n, f"{c:,}") for n, c in most)]
+    if unknown:
+        last = ["unknown", *(f"{unknown.get(name, 0):,}" for name, _ in most)]
+        rows = [(*row, cell) for row, cell in zip(rows, last, strict=True)]
+    lines = ["", *_align(rows)]
     return [*lines, f"and {rest:,} labels with fewer samples"] if rest else lines
 
 

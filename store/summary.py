@@ -7,7 +7,7 @@ import pyarrow.compute as pc
 
 from mmc.store.aliases import Status, find_alias
 from mmc.store.labeltext import read_label_text
-from mmc.store.schema import DONE, FAILED, FORMAT, MISSING
+from mmc.store.schema import DONE, FAILED, MISSING
 
 if TYPE_CHECKING:
     from mmc.store.reader import EmbeddingStore
@@ -16,21 +16,28 @@ if TYPE_CHECKING:
 def summary(store: "EmbeddingStore") -> dict[str, Any]:
     """Rows, splits, labels, features, provenance and bytes of a store, as plain JSON.
 
-    Counts leave out rows that are gone, except ``gone`` itself.
+    Counts leave out rows that are gone, except ``gone`` itself. ``unknown_labels``: in how many
+    labelled rows a single label is unknown; ``partly_labelled``: rows with any.
     """
     live = store.live
     splits = pc.value_counts(store.column("split").filter(live)).to_pylist()
     labels = store.labels
+    lacking = labels.unknown()
+    unknown = np.bincount(lacking[1], minlength=len(store.label_set)).tolist()
     return {
         "path": store.path,
-        "format": FORMAT,
+        "format": store.meta.format,
         "rows": int(live.sum()),
         "gone": int((~live).sum()),
         "task": store.task,
         "splits": {item["values"]: item["counts"] for item in splits},
         "labelled": int(labels.known.sum()),
+        "partly_labelled": int((np.diff(lacking[0]) > 0).sum()),
         "label_tree": store.label_tree,
         "labels": dict(zip(store.label_set, labels.counts().tolist(), strict=True)),
+        "unknown_labels": {
+            name: count for name, count in zip(store.label_set, unknown, strict=True) if count
+        },
         "aliases": {alias: _alias(store, alias) for alias in store.aliases},
         "bytes": store.files.tree_bytes(""),
         "sources": store.sources,

@@ -18,16 +18,19 @@ from mmc.store.samples import (
     COLUMNS,
     INTERNAL,
     TASKS,
+    UNKNOWN,
     Rows,
     SamplesFile,
     StoreMeta,
     csr,
     labels_column,
+    settled,
     take_rows,
     with_internal,
     write_root,
     write_samples,
 )
+from mmc.store.schema import PARTLY
 
 Mask = npt.NDArray[np.bool_]
 
@@ -109,6 +112,10 @@ def merge(
         InputError: the merged rows do not fit the task (several labels where one is allowed).
     """
     meta, source = _merged_meta(old_meta, new_meta, replaces)
+    if UNKNOWN.name in old.column_names and old_meta.format < PARTLY:
+        # A column that the user called so before it had a meaning.
+        names = [f"user.{n}" if n == UNKNOWN.name else n for n in old.column_names]
+        old = old.rename_columns(names)
     old, lost = _relabelled_for(old, old_meta, meta)
     new, _ = _relabelled_for(new, new_meta, meta)
 
@@ -124,7 +131,7 @@ def merge(
     old_source = old.column("_source").to_numpy()
     left = (old_source == source) & ~matched & ~was_gone
 
-    before, after = take_rows(old.select(_COMPARED), here), take_rows(new.select(_COMPARED), there)
+    before, after = take_rows(_compared(old), here), take_rows(_compared(new), there)
     images = _image_changed(before, after)
     texts = _text_changed(before, after)
     labels = _labels_changed(before, after) | lost[here]
@@ -140,6 +147,7 @@ def merge(
     owner = np.full(size, source, np.int16)
     owner[: len(old)] = np.where(matched, source, old_source)
     table = with_internal(take_rows(_stacked(old, new), take), owner, gone)
+    table, meta = settled(_without_dead_columns(table, new), meta)
     _check_task(table, gone, meta)
     report = SyncReport(
         added=len(fresh) + int(returned.sum()),
@@ -151,7 +159,7 @@ def merge(
         label_set=meta.label_set,
     )
     changed = {"image": here[images], "text": here[texts]}
-    return Merge(table=_without_dead_columns(table, new), meta=meta, report=report, changed=changed)
+    return Merge(table=table, meta=meta, report=report, changed=changed)
 
 
 def merged_tree(sources: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -205,16 +213,26 @@ def _relabelled_for(table: pa.Table, meta: StoreMeta, merged: StoreMeta) -> tupl
         return table, lost
     index = {label: position for position, label in enumerate(merged.label_set)}
     lookup = np.array([index.get(label, -1) for label in meta.label_set], np.int32)
-    indptr, indices, known = csr(table.column("labels"))
-    row = np.repeat(np.arange(len(table)), np.diff(indptr))
-    indices = lookup[indices] if len(indices) else indices
-    lost[row[indices < 0]] = True
-    row, indices = row[indices >= 0], indices[indices >= 0]
-    counts = np.bincount(row, minlength=len(table))
-    # Both orders are natural nearly always; where one is not, keep rows ascending.
-    indices = indices[np.lexsort((indices, row))]
-    column = labels_column(counts, indices, known)
-    return table.set_column(table.column_names.index("labels"), "labels", column), lost
+    for name in ("labels", UNKNOWN.name):
+        if name not in table.column_names:
+            continue
+        indptr, indices, known = csr(table.column(name))
+        row = np.repeat(np.arange(len(table)), np.diff(indptr))
+        indices = lookup[indices] if len(indices) else indices
+        lost[row[indices < 0]] = True
+        row, indices = row[indices >= 0], indices[indices >= 0]
+        counts = np.bincount(row, minlength=len(table))
+        # Both orders are natural nearly always; where one is not, keep rows ascending.
+        indices = indices[np.lexsort((indices, row))]
+        column = labels_column(counts, indices, known if name == "labels" else counts > 0)
+        table = table.set_column(table.column_names.index(name), name, column)
+    return table, lost
+
+
+def _compared(table: pa.Table) -> pa.Table:
+    """The columns that tell what changed."""
+    names = [*_COMPARED, UNKNOWN.name]
+    return table.select([name for name in names if name in table.column_names])
 
 
 def _differs(before: pa.Table, after: pa.Table, name: str) -> Mask:
@@ -249,9 +267,22 @@ def _text_changed(before: pa.Table, after: pa.Table) -> Mask:
 
 
 def _labels_changed(before: pa.Table, after: pa.Table) -> Mask:
-    """Rows whose labels (ascending in both tables) or split differ."""
-    left_ptr, left, left_known = csr(before.column("labels"))
-    right_ptr, right, right_known = csr(after.column("labels"))
+    """Rows whose labels, known or not (ascending in both tables), or split differ."""
+    changed = _lists_differ(before.column("labels"), after.column("labels"))
+    if UNKNOWN.name in before.column_names or UNKNOWN.name in after.column_names:
+        changed |= _lists_differ(_unknown(before), _unknown(after))
+    return changed | _differs(before, after, "split")
+
+
+def _unknown(table: pa.Table) -> pa.ChunkedArray:
+    if UNKNOWN.name in table.column_names:
+        return table.column(UNKNOWN.name)
+    return pa.chunked_array([pa.nulls(len(table), UNKNOWN.type)])
+
+
+def _lists_differ(before: pa.ChunkedArray, after: pa.ChunkedArray) -> Mask:
+    left_ptr, left, left_known = csr(before)
+    right_ptr, right, right_known = csr(after)
     counts = np.diff(left_ptr)
     same_length = counts == np.diff(right_ptr)
     changed: Mask = ~same_length | (left_known != right_known)
@@ -260,7 +291,7 @@ def _labels_changed(before: pa.Table, after: pa.Table) -> Mask:
     row, left = row[comparable], left[comparable]
     right = right[np.repeat(same_length, np.diff(right_ptr))]
     changed[row[left != right]] = True
-    return changed | _differs(before, after, "split")
+    return changed
 
 
 def _stacked(old: pa.Table, new: pa.Table) -> pa.Table:

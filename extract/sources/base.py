@@ -40,7 +40,12 @@ class SourceOptions:
     text_column: str | None = None
     """Column with the text; `-` = there is none."""
     label_column: str | None = None
-    """Column with the labels; `-` = read as unlabelled."""
+    """Column with the labels; `-` = read as unlabelled. Or a column for each label, with commas
+    between their names, or `*` for any text (`tag_*`): 1 yes, 0 no, -1 or nothing where it is not
+    known."""
+    unknown_column: str | None = None
+    """Column with the labels that are not known of a sample whose others are, written as the labels
+    are; `-` = there is none. Recognised by its name, unknown_labels, when not given."""
     id_column: str | None = None
     """Column with the sample's id; `-` = there is none: the image's path, else the row's number."""
     split_column: str | None = None
@@ -63,7 +68,8 @@ class SourceOptions:
     that is unambiguous. Votes of annotators are merged before they are counted."""
     missing_labels: str | None = None
     """Label cells that mean "not labelled", comma separated; `-` = none, all are names. When not
-    given: NA, None, null, nan and the like, where there are other labels beside them."""
+    given: NA, None, null, nan and the like, where there are other labels beside them. In columns of
+    one label each, cells that mean "not known"; when given, empty cells mean no there."""
     label_level: LabelLevel = "all"
     """Which labels of a tag tree: top (those that have no parent; a label counts for all above
     it), leaf (those that have none below them) or all, as they are given."""
@@ -125,8 +131,8 @@ class Records:
     place: Callable[[int], str] | None = None
     """Of a row, for messages, where one file and a line do not say it; None = `where:line`."""
     roles: Mapping[str, str] | None = None
-    """{id, image, text, labels, split -> column} of a format that knows its columns: what is not
-    in it is not there. None = recognised by the columns' names."""
+    """{id, image, text, labels, split, unknown -> column} of a format that knows its columns: what
+    is not in it is not there. None = recognised by the columns' names."""
     label_set: tuple[str, ...] | None = None
     """The labels that there are, in the format's own order, though no sample may have some of them.
     Then a label cell is one name as it stands, or a JSON list of names: nothing is divided, and no
@@ -192,7 +198,8 @@ class Samples:
 
     table: pa.Table
     """id, split, labels (list<int32> into ``label_set``; null = unlabelled, [] = none of them),
-    text and image (null = none), image_offset, then the user's other columns."""
+    text and image (null = none), image_offset, unknown_labels (list<int32>; only where single
+    labels of labelled samples are unknown), then the user's other columns."""
     label_set: tuple[str, ...]
     task: str
     source: dict[str, Any]

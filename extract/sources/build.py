@@ -16,15 +16,17 @@ from mmc.extract.sources.columns import Roles
 from mmc.extract.sources.duplicates import counts as counted
 from mmc.extract.sources.ids import check_filled, check_unique, find_ids
 from mmc.extract.sources.images import ImageColumn, Located, Where, locate_images
+from mmc.extract.sources.label_columns import read_label_columns
 from mmc.extract.sources.labels import Labels, missing_markers, read_labels, unlabelled
 from mmc.extract.sources.merge import Rules, parse_merge
 from mmc.extract.sources.texts import blank_to_null, text_of
 from mmc.store.errors import InputError
+from mmc.store.samples import UNKNOWN
 
 RESERVED = frozenset(
     (
         *("id", "split", "labels", "text", "image", "image_offset"),
-        *("image_key", "text_key", "size", "mtime_ns", "_source", "_gone"),
+        *("image_key", "text_key", "size", "mtime_ns", "_source", "_gone", UNKNOWN.name),
     )
 )
 """Columns of the samples table; a user's column of that name becomes ``user.<name>``."""
@@ -73,6 +75,8 @@ def build(spec: str, parts: Sequence[Part], options: SourceOptions) -> Samples:
         "image": image,
         "image_offset": _whole_numbers(parts, "image_offset"),
     }
+    if labels.unknown is not None:
+        core[UNKNOWN.name] = labels.unknown
     check_unique(core, where)
     if any(_is_format_column(part, "size") for part in parts):
         core["size"] = _whole_numbers(parts, "size")
@@ -150,10 +154,13 @@ def _joined(arrays: Sequence[pa.ChunkedArray]) -> pa.ChunkedArray:
 
 def _header_names(roles: Sequence[Roles]) -> dict[str, str | None]:
     """The header name of each role, from the first table that has it."""
-    return {
+    found = {
         role: next((getattr(one, role) for one in roles if getattr(one, role)), None)
         for role in columns.ROLES
     }
+    if found["unknown"] is None:
+        del found["unknown"]
+    return found
 
 
 def _form(format_name: str, header: dict[str, str | None]) -> str:
@@ -223,17 +230,35 @@ def _labels(
     where: Where,
     form: str,
 ) -> Labels:
+    if any(role.label_columns for role in roles):
+        if any(role.labels is not None for role in roles):
+            raise InputError(
+                f"{options.label_column!r} is one column in a file and several in another; rename"
+                " them alike"
+            )
+        if options.label_separator is not None:
+            raise InputError("--label-separator has no meaning with a column for each label")
+        return read_label_columns(
+            parts,
+            roles,
+            task=options.task,
+            missing=missing_markers(options.missing_labels),
+            merge=_merge_rules(parts, options),
+            need_merged=options.need_merged_labels,
+        )
     if all(role.labels is None for role in roles):
         if options.task is not None:
             raise InputError(f"task {options.task} was asked for and the source has no labels")
         return unlabelled(len(split))
     written = _joined([part.column(role.labels) for part, role in zip(parts, roles, strict=True)])
+    unknown = _joined([part.column(role.unknown) for part, role in zip(parts, roles, strict=True)])
     files = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     _, split_codes = np.unique(split.astype(str), return_inverse=True)
     return read_labels(
         written,
         split_codes * len(parts) + files,
         where=where,
+        unknown=unknown if unknown.null_count < len(unknown) else None,
         separator=options.label_separator,
         task=options.task,
         missing=missing_markers(options.missing_labels),
@@ -347,6 +372,7 @@ def _other_columns(
         used = {name for key, name in role.header_names().items() if key != "text"}
         if options.text_template is None:
             used.add(role.text)
+        used |= set(role.label_columns)
         for name in part.records.columns.column_names:
             if name not in used and not _is_format_column(part, name):
                 wanted.setdefault(name, [])

@@ -1,13 +1,15 @@
 """Which column is the id, the image, the text, the labels, the split: by name, or as told."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from mmc.extract.sources.base import NO_COLUMN, SourceOptions, listed
 from mmc.store.errors import InputError
 
-ROLES = ("id", "image", "text", "labels", "split")
+ROLES = ("id", "image", "text", "labels", "split", "unknown")
 
 # In order of preference; compared without case, spaces, `_`, `-` and `.`.
 _KNOWN: dict[str, tuple[str, ...]] = {
@@ -29,6 +31,7 @@ _KNOWN: dict[str, tuple[str, ...]] = {
         *("classname", "labelnames", "labelname", "targets", "target", "tags", "tag"),
     ),
     "split": ("split", "subset", "partition"),
+    "unknown": ("unknownlabels",),
 }
 _OPTION = {
     "id": "id_column",
@@ -36,6 +39,7 @@ _OPTION = {
     "text": "text_column",
     "labels": "label_column",
     "split": "split_column",
+    "unknown": "unknown_column",
 }
 _IMAGE_IDS = ("imageid", "imgid")
 
@@ -49,6 +53,10 @@ class Roles:
     text: str | None = None
     labels: str | None = None
     split: str | None = None
+    unknown: str | None = None
+    """Labels that are not known of a sample whose others are, written as ``labels`` are."""
+    label_columns: tuple[str, ...] = ()
+    """One column for each label, in place of ``labels``."""
     sure_image: bool = False
     """The image column was named by the user, or by a header that can mean nothing else."""
     notes: tuple[str, ...] = field(default=())
@@ -117,6 +125,8 @@ def recognise(
     if options.image_column is None and found["image"] is None and options.image_root is not None:
         # A folder of images was given, so something names them: the id, as in <imdbId>.jpg.
         found["image"] = found["id"]
+    if found["labels"] is None and options.unknown_column is None:
+        found["unknown"] = None
     image = found["image"]
     if image is None and found["text"] is None and options.text_template is None:
         for option in ("image_column", "text_column"):
@@ -133,7 +143,50 @@ def recognise(
         or given is not None
         or plain(image) not in _IMAGE_IDS
     )
-    return Roles(**found, sure_image=sure, notes=tuple(notes))
+    chosen: tuple[str, ...] = ()
+    if found["labels"] is None and means_several(options.label_column):
+        others = [name for name in names if name not in found.values()]
+        chosen = matching_columns(others, str(options.label_column))
+    return Roles(**found, label_columns=chosen, sure_image=sure, notes=tuple(notes))
+
+
+def means_several(label_column: str | None) -> bool:
+    """Whether ``label_column`` names a column for each label, where it is no column itself."""
+    return label_column is not None and (
+        label_column.startswith("[") or "," in label_column or "*" in label_column
+    )
+
+
+def named_columns(text: str) -> list[str]:
+    """The names and patterns of several label columns: with commas between them, or a JSON list.
+
+    Raises:
+        InputError: it cannot be read, or holds none.
+    """
+    names: Any = [name.strip() for name in text.split(",")]
+    if text.strip().startswith("["):
+        try:
+            names = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"label-column {text[:60]!r} is not JSON: {error}") from None
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise InputError(
+            f"cannot read label-column {text[:60]!r}; write names with commas between them, such"
+            ' as toxic,obscene or tag_*, or a JSON list: ["a, b", "c"]'
+        )
+    return list(names)
+
+
+def matching_columns(names: Sequence[str], text: str) -> tuple[str, ...]:
+    """Those of ``names``, in their order, that several label columns mean; `*` is any text."""
+    found: set[str | None] = set()
+    for wanted in named_columns(text):
+        if "*" in wanted and wanted not in names:
+            pattern = re.compile(".*".join(map(re.escape, wanted.split("*"))), re.DOTALL)
+            found |= {name for name in names if pattern.fullmatch(name)}
+        else:
+            found |= {find_column(names, wanted)}
+    return tuple(name for name in names if name in found)
 
 
 def by_name(names: Sequence[str], role: str) -> tuple[str | None, list[str]]:
@@ -149,7 +202,8 @@ def by_name(names: Sequence[str], role: str) -> tuple[str | None, list[str]]:
 def check_asked(
     files: Sequence[tuple[str, Sequence[str]]], roles: Sequence[Roles], options: SourceOptions
 ) -> None:
-    """Columns that the options name must exist: labels and split in one file, the others in all.
+    """Columns that the options name must exist: those of ids, images and texts in all files, the
+    others in one.
 
     Args:
         files: (name for messages, header names) of each.
@@ -164,7 +218,20 @@ def check_asked(
         lacking = [
             file for file, found in zip(files, roles, strict=True) if getattr(found, role) is None
         ]
-        enough = len(lacking) < len(roles) if role in ("labels", "split") else not lacking
+        if role == "labels" and len(lacking) == len(roles) and means_several(asked):
+            _check_label_columns(files[0], roles, asked)
+            continue
+        enough = not lacking if role in ("id", "image", "text") else len(lacking) < len(roles)
         if not enough:
             where, names = lacking[0]
             raise missing_column(where, asked, names, _OPTION[role])
+
+
+def _check_label_columns(
+    file: tuple[str, Sequence[str]], roles: Sequence[Roles], asked: str
+) -> None:
+    """Each column of a label must be in one file."""
+    for wanted in named_columns(asked):
+        if not any(matching_columns(one.label_columns, json.dumps([wanted])) for one in roles):
+            where, names = file
+            raise missing_column(where, wanted, names, _OPTION["labels"])

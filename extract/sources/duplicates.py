@@ -4,7 +4,7 @@ Content is compared by its keys, so files of other names and texts in other rows
 whose image cannot be read is compared with none. Of equal samples one stays: the test copy before
 the val copy, that before any other split's and train's, since a test score is honest only when
 nothing in train repeats its samples, and dropping test samples would change what is measured; in
-one split a labelled copy before an unlabelled one, then the first.
+one split the copy of which more labels are known, then the first.
 """
 
 from collections import Counter
@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mmc.extract.sources.base import Samples, shown
+from mmc.store.samples import UNKNOWN
 
 _RANKS = {"test": 0, "val": 1, "train": 3, "": 4}
 _OTHER_RANK = 2
@@ -45,8 +46,8 @@ def duplicates(table: pa.Table) -> Duplicates:
     rows = np.flatnonzero(group >= 0)
     names, codes = _coded(table["split"].fill_null(""))
     rank = np.array([_RANKS.get(name, _OTHER_RANK) for name in names], np.int64)[codes]
-    unlabelled = table["labels"].is_null().to_numpy(zero_copy_only=False)
-    order = rows[np.lexsort((rows, unlabelled[rows], rank[rows], group[rows]))]
+    lacking = _lacking(table)
+    order = rows[np.lexsort((rows, lacking[rows], rank[rows], group[rows]))]
     first = np.ones(len(order), bool)
     first[1:] = group[order[1:]] != group[order[:-1]]
     kept = order[np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))]
@@ -94,6 +95,15 @@ def counts(table: pa.Table) -> dict[str, Any]:
     }
 
 
+def _lacking(table: pa.Table) -> NDArray[np.int64]:
+    """(N,) how many labels of each sample are unknown; of an unlabelled one more than of any."""
+    found = np.zeros(len(table), np.int64)
+    if UNKNOWN.name in table.column_names:
+        found = pc.fill_null(pc.list_value_length(table[UNKNOWN.name]), 0).to_numpy().astype(int)
+    unlabelled = table["labels"].is_null().to_numpy(zero_copy_only=False)
+    return np.where(unlabelled, np.iinfo(np.int32).max, found)
+
+
 def _groups(table: pa.Table) -> NDArray[np.int64]:
     """(N,) a number for each content; -1 = no content, or one that cannot be read."""
     image, text = (table[name].fill_null("") for name in ("image_key", "text_key"))
@@ -106,6 +116,14 @@ def _groups(table: pa.Table) -> NDArray[np.int64]:
 def _coded(column: pa.ChunkedArray) -> tuple[list[str], NDArray[np.int64]]:
     encoded = column.combine_chunks().dictionary_encode()
     return encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)
+
+
+def _cells(table: pa.Table, rows: pa.Array) -> list[tuple[Any, Any]]:
+    """Labels and unknown labels of some rows."""
+    labels = table["labels"].take(rows).to_pylist()
+    if UNKNOWN.name not in table.column_names:
+        return [(cell, None) for cell in labels]
+    return list(zip(labels, table[UNKNOWN.name].take(rows).to_pylist(), strict=True))
 
 
 def _lines(table: pa.Table, found: Duplicates, dedupe: bool) -> list[str]:
@@ -128,12 +146,9 @@ def _lines(table: pa.Table, found: Duplicates, dedupe: bool) -> list[str]:
         lines.append(
             f"warning: {across.total():,} of the duplicates lie across splits ({pairs}): {effect}"
         )
-    labels = table["labels"]
     differ = sum(
-        one is not None and other is not None and one != other
-        for one, other in zip(
-            labels.take(repeats).to_pylist(), labels.take(originals).to_pylist(), strict=True
-        )
+        one[0] is not None and other[0] is not None and one != other
+        for one, other in zip(_cells(table, repeats), _cells(table, originals), strict=True)
     )
     if differ:
         effect = "those of the copy that stays are used" if dedupe else "both are used"

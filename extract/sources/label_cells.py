@@ -56,14 +56,16 @@ class Cells:
         return result
 
     def _check_named(self, lists: Sequence[list[str] | None]) -> None:
-        """Raises InputError for 0 or 1 in the place of each label: that would be labels 0 and 1."""
+        """Raises InputError for 0, 1 or -1 in the place of each label: these would be names."""
         sizes = {len(one) for one in lists if one}
         items = {item for one in lists if one for item in one}
-        if len(sizes) == 1 and max(sizes) > 2 and items <= {"0", "1", "0.0", "1.0"}:
+        numbers = {"0", "1", "-1", "0.0", "1.0", "-1.0"}
+        if len(sizes) == 1 and max(sizes) > 2 and items <= numbers:
             code = next(code for code, one in enumerate(lists) if one)
             raise InputError(
                 f"{self._place(code)}: the labels are lists of {max(sizes)} zeros and ones, such as"
-                f" {shown(self.texts[code])}; write the names of the labels that a sample has"
+                f" {shown(self.texts[code])}; write the names of the labels that a sample has, or a"
+                " column for each label (--label-column a,b,c)"
             )
 
     def exact(self, label_set: Sequence[str]) -> list[list[str]]:

@@ -10,12 +10,17 @@ cells have labels; it is said aloud, and ``missing_labels`` changes it. So is an
 its whole split is empty. Another empty cell means "none of the labels" in a multi-label task and
 unlabelled in a single-label one.
 
+**Single unknown labels** stand in a column of their own, written as the labels are: of a sample
+they are neither yes nor no. So the task is multilabel, and a sample of which no label is known is
+unlabelled.
+
 **Merging** comes before the task is recognised. The merged label stands where the first of its
 labels stood when the format has an order.
 
 **Task.** multilabel: some cell holds several labels, a separator or a list, a separator is given,
 or there is only one label. Else binary with exactly two labels, multiclass with more. After a
-merge that leaves each sample exactly one label, separators and lists no longer count.
+merge that leaves each sample exactly one label, separators and lists no longer count. A merged
+label is unknown where none of its labels is there and one of them is unknown.
 """
 
 import re
@@ -29,10 +34,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from mmc.extract.sources.base import NO_COLUMN, listed
+from mmc.extract.sources.base import NO_COLUMN, listed, shown
 from mmc.extract.sources.label_cells import INTEGER, Cells
 from mmc.extract.sources.merge import Rules, merging
 from mmc.store.errors import InputError
+from mmc.store.samples import first_in_both, reconciled
 
 MARKERS = frozenset(
     (
@@ -54,6 +60,9 @@ class Labels:
     """What stood between labels; null = nothing seen, or lists."""
     column: pa.ChunkedArray
     """(N,) list<int32> into ``names``, ascending; null = unlabelled."""
+    unknown: pa.ChunkedArray | None = None
+    """(N,) list<int32>, null = none: labels that are not known of a labelled sample; None = no such
+    label."""
     merged: dict[str, str] = field(default_factory=dict)
     """{label: new name} of those that were merged."""
     notes: list[str] = field(default_factory=list)
@@ -80,6 +89,7 @@ def read_labels(
     groups: NDArray[np.integer[Any]],
     *,
     where: Callable[[int], str],
+    unknown: pa.ChunkedArray | None = None,
     separator: str | None = None,
     task: str | None = None,
     missing: frozenset[str] | None = None,
@@ -94,6 +104,7 @@ def read_labels(
         cells: (N,) string; null = unlabelled.
         groups: (N,) the split or file of each row, as a number.
         where: `file:line` of a row, for messages.
+        unknown: (N,) string, written as ``cells``: labels that are not known; null = none.
         separator: given by the user, or None.
         task: given by the user, or None.
         missing: cells that mean "unlabelled", given by the user, or None.
@@ -126,32 +137,94 @@ def read_labels(
         [text if use else "" for text, use in zip(texts, used, strict=True)], place, kaggle=kaggle
     )
     parts = cut.parts(separator) if label_set is None else cut.exact(label_set)
+    open_parts, open_codes = _open_cells(unknown, codes, cut, label_set, where)
     if separator is not None and not any(separator in text for text in texts):
         notes.append(
             f"warning: no label cell contains {separator!r}, so each cell is one label; leave "
             "--label-separator out to have it recognised"
         )
-    sets, names, merged = _named(parts, label_set, merge, need_merged, cut.notes)
+    sets, names, merged = _named([*parts, *open_parts], label_set, merge, need_merged, cut.notes)
+    sets, open_sets = sets[: len(parts)], sets[len(parts) :]
     lengths = np.array([len(cell) for cell in sets])
     one_each = bool(merged) and bool((lengths[used] == 1).all())
-    found = _task(names, lengths, cut.several and not one_each)
+    partly = any(open_sets)
+    found = _task(names, lengths, partly or (cut.several and not one_each))
     if task is not None:
         _check_task(task, names, lengths, place)
+        if partly and task != "multilabel":
+            raise InputError(
+                f"task {task} was asked for, and single labels are unknown; leave --task out, or"
+                " the column of unknown labels"
+            )
         found = task
     known = codes >= 0
     nothing = np.append(lengths == 0, False)[codes] & known
     if found != "multilabel":
         known &= ~nothing
+    column, left = _column(sets, names, np.where(known, codes, -1)), None
+    if partly:
+        column, left = _reconciled(
+            column, _column(open_sets, names, open_codes), names, bool(merged), where
+        )
     result = Labels(
         names=names,
         task=found,
         separator=cut.separator,
-        column=_column(sets, names, np.where(known, codes, -1)),
+        column=column,
+        unknown=left,
         merged=merged,
         notes=[*notes, *cut.notes],
     )
-    _say(result, int(nothing.sum()), known)
+    say(result, int(nothing.sum()))
     return result
+
+
+def _open_cells(
+    unknown: pa.ChunkedArray | None,
+    codes: NDArray[np.int64],
+    cut: Cells,
+    label_set: tuple[str, ...] | None,
+    where: Callable[[int], str],
+) -> tuple[list[list[str]], NDArray[np.int64]]:
+    """The names in each distinct cell of unknown labels, and the cell of each row (-1 = none).
+
+    Cells of unlabelled rows (``codes`` -1) say nothing.
+    """
+    if unknown is None:
+        return [], np.full(len(codes), -1)
+    encoded = unknown.combine_chunks().dictionary_encode()
+    found = pc.fill_null(encoded.indices, -1).to_numpy().astype(np.int64)
+    found[codes < 0] = -1
+    texts = encoded.dictionary.to_pylist()
+    used = np.bincount(found[found >= 0], minlength=len(texts)) > 0
+    nothing = MARKERS if label_set is None else frozenset()
+    texts = [
+        text if use and text.strip() not in nothing else ""
+        for text, use in zip(texts, used, strict=True)
+    ]
+    cells = Cells(texts, lambda code: where(int(np.flatnonzero(found == code)[0])))
+    parts = cells.parts(cut.separator) if label_set is None else cells.exact(label_set)
+    return parts, found
+
+
+def _reconciled(
+    column: pa.ChunkedArray,
+    unknown: pa.ChunkedArray,
+    names: Sequence[str],
+    merged: bool,
+    where: Callable[[int], str],
+) -> tuple[pa.ChunkedArray, pa.ChunkedArray | None]:
+    """Both columns as a store keeps them.
+
+    Raises:
+        InputError: a row has a label that it says is unknown.
+    """
+    row, label = first_in_both(column, unknown, len(names))
+    if row >= 0 and not merged:
+        raise InputError(
+            f"{where(row)} has label {shown(names[label])}, which is among its unknown ones as well"
+        )
+    return reconciled(column, unknown, len(names))
 
 
 def _named(
@@ -284,7 +357,7 @@ def _column(
     return pa.chunked_array([array])
 
 
-def _say(labels: Labels, empty_cells: int, known: NDArray[np.bool_]) -> None:
+def say(labels: Labels, empty_cells: int) -> None:
     """Add to the notes and warnings what the user should hear."""
     names, notes = labels.names, labels.notes
     how = f", separated by {labels.separator!r}" if labels.separator else ""
@@ -292,12 +365,26 @@ def _say(labels: Labels, empty_cells: int, known: NDArray[np.bool_]) -> None:
     if empty_cells:
         meaning = "none of the labels" if labels.task == "multilabel" else "unlabelled"
         notes.append(f"labels: {empty_cells} empty cells read as {meaning}")
-    counts = np.bincount(
-        pc.list_flatten(labels.column).to_numpy().astype(np.int64), minlength=len(names)
-    )
-    always = [names[at] for at in np.flatnonzero(counts == known.sum())]
-    if always:
+    counts = _counts(labels.column, len(names))
+    known = np.full(len(names), len(labels.column) - labels.column.null_count)
+    if labels.unknown is not None:
+        unknown = _counts(labels.unknown, len(names))
+        known -= unknown
+        rows = len(labels.unknown) - labels.unknown.null_count
+        notes.append(
+            f"labels: {int(unknown.sum()):,} single labels of {rows:,} samples are unknown: neither"
+            " yes nor no, they are left out of losses and metrics"
+        )
+    always = np.flatnonzero((counts == known) & (known > 0))
+    if len(always):
+        first = int(always[0])
+        whose = "labelled samples" if labels.unknown is None else "samples of which it is known"
         labels.warnings.append(
-            f"label {always[0]!r} is on all {int(known.sum())} labelled samples: there is nothing"
+            f"label {names[first]!r} is on all {int(known[first])} {whose}: there is nothing"
             " to learn, and its average precision and AUC say nothing"
         )
+
+
+def _counts(column: pa.ChunkedArray, size: int) -> NDArray[np.int64]:
+    flat = pc.list_flatten(column).to_numpy().astype(np.int64)
+    return np.bincount(flat, minlength=size).astype(np.int64)

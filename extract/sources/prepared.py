@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from mmc.extract.sources.base import Records, SourceOptions
 from mmc.store.errors import InputError
+from mmc.store.samples import UNKNOWN
 
 MARK = "mmc.prepared"
 """Key in the metadata of a sample in a tar: its id, split and labels stand beside it."""
@@ -92,4 +93,6 @@ def understand(records: Records, options: SourceOptions) -> None:
     table = records.columns.set_column(names.index("labels"), "labels", cells)
     records.columns = restore_types(table, recipe)
     records.roles = {name: name for name in _COLUMNS}
+    if UNKNOWN.name in names:
+        records.roles = {**records.roles, "unknown": UNKNOWN.name}
     know_labels(records, recipe, options)

@@ -2,11 +2,12 @@
 
 A picture ``x.jpg`` has ``x.json`` with ``{"encoded_labels": [1, 0, ...]}``, and the folder (or the
 one above it) has ``organized_Tags.json`` with ``{"label": ["label below it", ...]}``. The order of
-``encoded_labels`` is that of all names there, sorted, each once. Pictures may lie in folders; one
-that is called train, val or test gives the split.
+``encoded_labels`` is that of all names there, sorted, each once; -1 or null: not known. Pictures
+may lie in folders; one that is called train, val or test gives the split.
 
 A label counts as the file has it: a cat without its animal stays one, except at ``label_level``
-top, where it makes an animal. Other keys of the JSON files become columns (one called like a text,
+top, where it makes an animal (that is unknown where a cat is unknown and nothing below animal is
+there). Other keys of the JSON files become columns (one called like a text,
 such as "caption", is the text), but for those named like a label: they say again what the labels
 say.
 
@@ -28,12 +29,15 @@ from mmc.extract.sources.columns import by_name
 from mmc.extract.sources.label_tree import Tree, at_level, tree_names
 from mmc.extract.sources.splits import split_named
 from mmc.store.errors import InputError
+from mmc.store.samples import UNKNOWN
 
 TAGS = "organized_Tags.json"
 LABELS = "encoded_labels"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 _LOOKED_AT = 20
+_OPEN = (-1, None)
+"""What stands for a label that is not known."""
 
 
 class Sidecars:
@@ -76,6 +80,10 @@ class Sidecars:
             **{f"user.{key}" if key in ("image", "split") else key: others[key] for key in others},
         }
         roles = {"image": "image", "labels": LABELS}
+        unknown = [_unknown_cell(one, names, level) for one in found]
+        if any(unknown):
+            columns[UNKNOWN.name] = pa.array(unknown, pa.string())
+            roles["unknown"] = UNKNOWN.name
         if splits.null_count < len(splits):
             roles["split"] = "split"
         else:
@@ -242,22 +250,41 @@ def _checked(value: Any, name: str, names: tuple[str, ...]) -> dict[str, Any]:
             f"{name}: {LABELS} has {len(encoded)} values and {TAGS} has {len(names)} labels"
         )
     for at, one in enumerate(encoded):
-        if isinstance(one, bool) or one not in (0, 1):
+        if isinstance(one, bool) or one not in (0, 1, *_OPEN):
             raise InputError(
-                f"{name}: {LABELS} has {json.dumps(one)} at place {at + 1}, not 0 or 1"
+                f"{name}: {LABELS} has {json.dumps(one)} at place {at + 1}, not 0, 1, or -1 for"
+                " unknown"
             )
     return value
+
+
+def _labels(
+    one: Mapping[str, Any],
+    names: tuple[str, ...],
+    level: Mapping[str, tuple[str, ...]],
+    values: tuple[Any, ...],
+) -> list[str]:
+    """The labels of a level that stand for a name with one of ``values``."""
+    given = [name for name, value in zip(names, one[LABELS], strict=True) if value in values]
+    return list(dict.fromkeys(label for name in given for label in level[name]))
 
 
 def _cell(
     one: Mapping[str, Any] | None, names: tuple[str, ...], level: Mapping[str, tuple[str, ...]]
 ) -> str | None:
     """The labels as a JSON list."""
+    return None if one is None else json.dumps(_labels(one, names, level, (1,)), ensure_ascii=False)
+
+
+def _unknown_cell(
+    one: Mapping[str, Any] | None, names: tuple[str, ...], level: Mapping[str, tuple[str, ...]]
+) -> str | None:
+    """The labels that are not known, as a JSON list; None where there are none."""
     if one is None:
         return None
-    given = [name for name, is_on in zip(names, one[LABELS], strict=True) if is_on]
-    kept = dict.fromkeys(label for name in given for label in level[name])
-    return json.dumps(list(kept), ensure_ascii=False)
+    given = set(_labels(one, names, level, (1,)))
+    left = [label for label in _labels(one, names, level, _OPEN) if label not in given]
+    return json.dumps(left, ensure_ascii=False) if left else None
 
 
 def _other_columns(

@@ -28,6 +28,7 @@ from mmc.extract.sources.prepared import MARK, know_labels, recipe_of, restore_t
 from mmc.extract.sources.shards import Shard, Tally, read_shard
 from mmc.extract.sources.splits import SPLITS, split_named, split_of_file
 from mmc.store.errors import InputError
+from mmc.store.samples import UNKNOWN
 
 _SUFFIX = ".tar"
 _PACKED = (".tgz", ".tbz", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -155,6 +156,7 @@ class _Source:
             del metadata[MARK]
             metadata.pop("id", None)
             roles |= {name: name for name in ("split", "labels") if name in metadata}
+            roles |= {"unknown": UNKNOWN.name} if UNKNOWN.name in metadata else {}
         for name, values in metadata.items():
             while name in own:
                 name = f"user.{name}"
@@ -353,16 +355,16 @@ def _roles(
     """The columns for text, labels and split, from the metadata's names where nothing else says."""
     roles = {"split": "split"} if "split" in cells else {}
     filled = [name for name in metadata if cells[name].null_count < len(cells[name])]
-    for role in ("text", "labels", "split"):
+    for role in ("text", "labels", "split", "unknown"):
         name, others = columns.by_name(filled, role)
         if name is None or role in (*known, *roles):
             continue
         roles[role] = name
         if others:
-            option = {"text": "text", "labels": "label", "split": "split"}[role]
+            option = columns.option_of(role).replace("_", "-")
             notes.append(
                 f"{role}: from {name!r} of the metadata, not {listed(others)}; choose with"
-                f" --{option}-column"
+                f" --{option}"
             )
     for name in ("cls", "folder"):
         if "labels" not in roles and name in cells:

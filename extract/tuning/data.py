@@ -32,6 +32,7 @@ from mmc.extract.tuning.distributed import World
 from mmc.extract.tuning.options import MORE
 from mmc.store.errors import InputError
 from mmc.store.holdout import held_out
+from mmc.store.samples import UNKNOWN
 
 Say = Callable[[str], None]
 
@@ -110,6 +111,9 @@ def read_pairs(
             report(line)
         if options.dedupe:
             drop_duplicates(samples, workers=workers or usable_cores(), report=report)
+        if UNKNOWN.name in samples.table.column_names:
+            count = len(samples.table) - samples.table[UNKNOWN.name].null_count
+            report(f"labels: {count:,} samples with unknown labels count as unlabelled in tuning")
         read.append(samples)
     label_set = tuple(dict.fromkeys(name for samples in read for name in samples.label_set))
     labels = [row for samples in read for row in _labels(samples, label_set)]
@@ -154,10 +158,16 @@ def _core(table: pa.Table, source: int) -> pa.Table:
 
 
 def _labels(samples: Samples, label_set: Sequence[str]) -> list[list[int] | None]:
-    """Labels of each row as places in the label set of all sources."""
+    """Labels of each row as places in the label set of all sources.
+
+    A sample with unknown labels counts as unlabelled: pairs go by whole sets of labels.
+    """
     at = {name: place for place, name in enumerate(label_set)}
     moved = [at[name] for name in samples.label_set]
     rows = samples.table["labels"].to_pylist()
+    if UNKNOWN.name in samples.table.column_names:
+        lacking = samples.table[UNKNOWN.name].is_valid().to_pylist()
+        rows = [None if lacks else row for row, lacks in zip(rows, lacking, strict=True)]
     return [None if row is None else sorted(moved[label] for label in row) for row in rows]
 
 

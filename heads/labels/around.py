@@ -7,6 +7,7 @@ Legend: n samples, k neighbours.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,8 @@ from mmc.store.neighbors import FLAT_ROWS, Say, open_index
 
 K = 20
 BLOCK_ROWS = 4096
+LEAST_TOLD = 1e-4
+"""Less of the neighbours than this knows nothing of a label but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,11 @@ def _others(found: Tensor, near: Tensor, own: Tensor) -> tuple[Ints, npt.NDArray
 def shares(material: Material, found: list[Around], places: Ints) -> npt.NDArray[np.float32]:
     """float32 (b, C): how much of a sample's labelled neighbours has each label.
 
-    Neighbours count by their cosine, those by each feature alike; NaN where none is labelled.
+    Neighbours count by their cosine, those by each feature alike; NaN where none is labelled, or
+    none knows the label.
     """
     votes = np.zeros((len(places), len(material.label_set)), np.float32)
+    lost = np.zeros_like(votes) if len(material.labels.unknown_indices) else None
     weight = np.zeros(len(places), np.float32)
     labels = material.labels
     for by in found:
@@ -93,17 +98,26 @@ def shares(material: Material, found: list[Around], places: Ints) -> npt.NDArray
         weight += (total[:, 0] > 0).astype(np.float32)
         sample, column = np.nonzero(usable)
         other = near[sample, column]
-        counts = labels.indptr[other + 1] - labels.indptr[other]
-        starts = (
-            np.repeat(labels.indptr[other] - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts)
-            if len(other)
-            else np.zeros(0, np.int64)
-        )
-        flat = labels.indices[starts + np.arange(len(starts))]
-        np.add.at(
-            votes, (np.repeat(sample, counts), flat), np.repeat(cosines[sample, column], counts)
-        )
-    out: npt.NDArray[np.float32] = np.where(
-        weight[:, None] > 0, votes / np.maximum(weight, 1)[:, None], np.nan
-    ).astype(np.float32)
+        own = cosines[sample, column]
+        _add(votes, labels.indptr, labels.indices, sample, other, own)
+        if lost is not None:
+            _add(lost, labels.unknown_indptr, labels.unknown_indices, sample, other, own)
+    told = weight[:, None] if lost is None else weight[:, None] - lost
+    there = told > LEAST_TOLD
+    out = np.full_like(votes, np.nan)
+    np.divide(votes, told, out=out, where=there)
     return out
+
+
+def _add(
+    out: npt.NDArray[np.float32], indptr: Ints, indices: Ints, sample: Ints, other: Any, own: Any
+) -> None:
+    """Add what each neighbour ``other`` of a ``sample`` counts to all of its labels."""
+    counts = indptr[other + 1] - indptr[other]
+    starts = (
+        np.repeat(indptr[other] - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts)
+        if len(other)
+        else np.zeros(0, np.int64)
+    )
+    flat = indices[starts + np.arange(len(starts))]
+    np.add.at(out, (np.repeat(sample, counts), flat), np.repeat(own, counts))

@@ -107,7 +107,7 @@ def duplicate_rows(material: Material, found: Sequence[Groups]) -> list[dict[str
     for number, (groups, members) in enumerate(listed, 1):
         columns = {name: material.column(name, members) for name in ("id", "image", "text")}
         names = [material.names(int(place)) for place in members]
-        known = {tuple(label) for label in names if label is not None}
+        differ = int(_differ(material, members))
         for at, place in enumerate(members.tolist()):
             rows.append(
                 {
@@ -115,7 +115,7 @@ def duplicate_rows(material: Material, found: Sequence[Groups]) -> list[dict[str
                     "kind": groups.kind,
                     "size": len(members),
                     "leak": int(leaks(material, members)),
-                    "labels_differ": int(len(known) > 1),
+                    "labels_differ": differ,
                     "cosine": groups.cosines.get(place),
                     "id": columns["id"][at],
                     "split": material.split[place],
@@ -126,6 +126,17 @@ def duplicate_rows(material: Material, found: Sequence[Groups]) -> list[dict[str
                 }
             )
     return rows
+
+
+def _differ(material: Material, members: Ints) -> bool:
+    """Whether one sample has a label that another is known not to have."""
+    known = [int(place) for place in members if material.labels.known[place]]
+    given = [set(material.labels.of(place)) for place in known]
+    every = set().union(*given)
+    return any(
+        every - own - set(material.labels.unknown_of(place))
+        for place, own in zip(known, given, strict=True)
+    )
 
 
 def _codes(material: Material, content: str) -> Ints:

@@ -44,11 +44,20 @@ class Known:
     """(n + 1,)"""
     indices: Ints
     known: Bools
-    """(n,)"""
+    """(n,) samples of which labels are known."""
+    unknown_indptr: Ints
+    """(n + 1,)"""
+    unknown_indices: Ints
+    """Single labels that are not known of such samples, in the same form."""
 
     def of(self, place: int) -> list[int]:
         """The labels of one sample."""
         return self.indices[self.indptr[place] : self.indptr[place + 1]].tolist()
+
+    def unknown_of(self, place: int) -> list[int]:
+        """The labels of one sample that are not known, where others are."""
+        start, stop = self.unknown_indptr[place], self.unknown_indptr[place + 1]
+        return self.unknown_indices[start:stop].tolist()
 
 
 class Material:
@@ -169,11 +178,12 @@ def spaced(values: Ints, most: int) -> Ints:
 
 def _known(store: "EmbeddingStore", rows: Ints) -> Known:
     labels = store.labels
-    counts = labels.indptr[rows + 1] - labels.indptr[rows]
+    indptr, indices = labels.given(rows)
+    counts = np.diff(indptr)
     known = labels.known[rows].copy()
     if store.task in ("binary", "multiclass"):
         known &= counts == 1
-    counts = np.where(known, counts, 0)
-    indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    at = np.repeat(labels.indptr[rows] - indptr[:-1], counts) + np.arange(indptr[-1])
-    return Known(indptr, labels.indices[at].astype(np.int64), known)
+    kept = indices[np.repeat(known, counts)].astype(np.int64)
+    indptr = np.concatenate([[0], np.cumsum(np.where(known, counts, 0))]).astype(np.int64)
+    lacking = labels.unknown(rows)
+    return Known(indptr, kept, known, lacking[0], lacking[1].astype(np.int64))

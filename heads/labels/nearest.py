@@ -14,7 +14,7 @@ from scipy import sparse
 from torch import Tensor
 
 from mmc.heads.labels.exact import ExactSearch
-from mmc.heads.labels.material import Material, Progress
+from mmc.heads.labels.material import Ints, Material, Progress
 from mmc.heads.models.graph import conditional
 
 VIEWS = ("text", "centroid", "cooccurrence")
@@ -32,8 +32,10 @@ class Views:
     """(C, C) conditional probability of column given row; see `graph.conditional`."""
     pairs: sparse.csr_array
     """(C, C) how many samples have both."""
-    total: int
-    """n."""
+    known: np.ndarray
+    """int64 (C,) samples of which each label is known."""
+    lost: sparse.csr_array
+    """(C, C) how many samples with the label of the row do not know that of the column."""
     centroids: Tensor
     """float32 (C, D) on the CPU, zeros for labels without samples."""
     texts: Tensor | None
@@ -45,11 +47,11 @@ def label_views(material: Material, progress: Progress) -> Views:
     """Counts, co-occurrence, centroids and texts of the labels."""
     places, size = material.counted, len(material.label_set)
     known = material.labels
-    counts = known.indptr[places + 1] - known.indptr[places]
-    indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    at = np.repeat(known.indptr[places] - indptr[:-1], counts) + np.arange(indptr[-1])
-    indices = known.indices[at]
-    has = sparse.csr_array((np.ones(len(indices)), indices, indptr), shape=(len(places), size))
+    indptr, indices = _rows(known.indptr, known.indices, places)
+    open_indptr, open_indices = _rows(known.unknown_indptr, known.unknown_indices, places)
+    counts, shape = np.diff(indptr), (len(places), size)
+    has = sparse.csr_array((np.ones(len(indices)), indices, indptr), shape=shape)
+    lacks = sparse.csr_array((np.ones(len(open_indices)), open_indices, open_indptr), shape=shape)
     pairs = sparse.csr_array(has.T @ has)
     total = None
     for first, block in material.vectors(
@@ -68,13 +70,26 @@ def label_views(material: Material, progress: Progress) -> Views:
     alias, texts = label_texts(material)
     return Views(
         counts=number,
-        together=conditional(torch.from_numpy(indptr), torch.from_numpy(indices), size),
+        together=conditional(
+            torch.from_numpy(indptr),
+            torch.from_numpy(indices),
+            size,
+            (torch.from_numpy(open_indptr), torch.from_numpy(open_indices)),
+        ),
         pairs=pairs,
-        total=len(places),
+        known=len(places) - np.bincount(open_indices, minlength=size),
+        lost=sparse.csr_array(has.T @ lacks),
         centroids=total.cpu() / torch.from_numpy(np.maximum(number, 1))[:, None].float(),
         texts=texts,
         text_alias=alias,
     )
+
+
+def _rows(indptr: Ints, indices: Ints, places: Ints) -> tuple[Ints, Ints]:
+    """Some rows of compressed rows."""
+    counts = indptr[places + 1] - indptr[places]
+    found = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return found, indices[np.repeat(indptr[places] - found[:-1], counts) + np.arange(found[-1])]
 
 
 def label_texts(material: Material) -> tuple[str | None, Tensor | None]:
@@ -134,8 +149,13 @@ def nearest_labels(material: Material, views: Views) -> list[dict[str, Any]]:
 
 def lift(views: Views, label: int, other: int) -> float | None:
     """How many times as often as by chance two labels occur together; None without samples."""
-    expected = views.counts[label] * views.counts[other] / max(views.total, 1)
+    expected = present(views, label, other) * views.counts[other] / max(views.known[other], 1)
     return float(views.pairs[label, other] / expected) if expected else None
+
+
+def present(views: Views, label: int, other: int) -> int:
+    """How many samples have ``label`` and know whether they have ``other``."""
+    return int(views.counts[label]) - int(views.lost[label, other])
 
 
 def _by_cosine(

@@ -6,7 +6,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from mmc.heads.labels.material import Material
-from mmc.heads.labels.nearest import VIEWS, Views, lift
+from mmc.heads.labels.nearest import VIEWS, Views, lift, present
 from mmc.heads.labels.thumbnails import Thumbnails
 
 if TYPE_CHECKING:
@@ -183,7 +183,8 @@ def _heat(material: Material, views: Views) -> str:
             if label == other:
                 cells.append("<td>–</td>")
                 continue
-            p = float(views.pairs[label, other]) / float(views.counts[label])
+            there = present(views, int(label), int(other))
+            p = float(views.pairs[label, other]) / max(there, 1)
             times = lift(views, int(label), int(other)) or 0.0
             told = f"{p:.0%} of {name}; {times:.1f} times as often as by chance"
             cells.append(

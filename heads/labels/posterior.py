@@ -28,7 +28,7 @@ def label_probabilities(scores: Tensor, targets: Tensor, task: str) -> Tensor:
 
     Args:
         scores: float32 (n, C), left out; overwritten.
-        targets: int8 (n, C) of 0 and 1, the labels given.
+        targets: int8 (n, C) of 0 and 1, the labels given; -1 where one is not known.
     """
     if task != "multilabel":
         temperature = fit_temperature(scores, targets.argmax(1), task)
@@ -44,7 +44,9 @@ def _condition(scores: Tensor, targets: Tensor) -> None:
     step = max(1, BLOCK // width)
     covariance = torch.zeros(width, width, dtype=torch.float64)
     for i in range(0, n, step):
-        error = (targets[i : i + step] - scores[i : i + step]).double()
+        error = (
+            _given(targets[i : i + step], scores[i : i + step]) - scores[i : i + step]
+        ).double()
         covariance += error.T @ error
     covariance /= n
     spread = covariance.diagonal().clone()
@@ -53,8 +55,13 @@ def _condition(scores: Tensor, targets: Tensor) -> None:
     precision = torch.linalg.inv(covariance + torch.diag(lift))
     weights = (precision / precision.diagonal()[None, :]).float()
     for i in range(0, n, step):
-        y = targets[i : i + step].float()
+        y = _given(targets[i : i + step], scores[i : i + step])
         scores[i : i + step] = y - (y - scores[i : i + step]) @ weights
+
+
+def _given(targets: Tensor, scores: Tensor) -> Tensor:
+    """The labels as float32, the score where one is not known: no error, which says nothing."""
+    return torch.where(targets < 0, scores, targets.float())
 
 
 def _platt(scores: Tensor, targets: Tensor) -> Tensor:
@@ -64,9 +71,13 @@ def _platt(scores: Tensor, targets: Tensor) -> Tensor:
     """
     stride = max(1, -(-scores.numel() // PLATT_ENTRIES))
     x, y = scores[::stride].double(), targets[::stride].double()
-    slope, bias = _newton(x.reshape(-1, 1), y.reshape(-1, 1), None)
+    known = None
+    if len(y) and y.min() < 0:
+        known, y = (y >= 0).double(), y.clamp(min=0)
+    flat = None if known is None else known.reshape(-1, 1)
+    slope, bias = _newton(x.reshape(-1, 1), y.reshape(-1, 1), None, flat)
     start = (slope.expand(x.shape[1]).clone(), bias.expand(x.shape[1]).clone())
-    slope, bias = _newton(x, y, start)
+    slope, bias = _newton(x, y, start, known)
     out = torch.empty_like(scores)
     step = max(1, BLOCK // scores.shape[1])
     for i in range(0, len(scores), step):
@@ -75,8 +86,14 @@ def _platt(scores: Tensor, targets: Tensor) -> Tensor:
     return out
 
 
-def _newton(x: Tensor, y: Tensor, near: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """(slope, bias), (C,) each, float64; held near ``near`` by a weak quadratic penalty."""
+def _newton(
+    x: Tensor, y: Tensor, near: tuple[Tensor, Tensor] | None, known: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(slope, bias), (C,) each, float64; held near ``near`` by a weak quadratic penalty.
+
+    Args:
+        known: (n, C) 1 and 0: entries that count; None: all.
+    """
     width = x.shape[1]
     wished = near or (torch.full((width,), 4.0).double(), torch.full((width,), -2.0).double())
     slope, bias = (w.clone() for w in wished)
@@ -84,6 +101,8 @@ def _newton(x: Tensor, y: Tensor, near: tuple[Tensor, Tensor] | None) -> tuple[T
     for _ in range(PLATT_STEPS):
         p = (x * slope + bias).sigmoid()
         error, weight = p - y, p * (1 - p)
+        if known is not None:
+            error, weight = error * known, weight * known
         g1 = (error * x).sum(0) + hold * (slope - wished[0])
         g2 = error.sum(0) + hold * (bias - wished[1])
         h11, h12 = (weight * x * x).sum(0) + hold, (weight * x).sum(0)

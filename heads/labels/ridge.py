@@ -5,6 +5,10 @@ least-squares fit of every label with an l2 penalty. The prediction for a sample
 needs no second fit (Cook 1977): ``(p - h y) / (1 - h)``, where ``h`` is its leverage. So all others
 judge each sample, without folds or chance.
 
+A label that is not known of a sample counts as the mean of those that know it. That draws scores
+towards the mean, which the logistic curves of `posterior` take back, and needs one fit for all
+labels.
+
 Legend: n samples, C labels, D values, M landmarks, R values of the map, b samples of a block.
 """
 
@@ -36,7 +40,7 @@ class Ridge:
 
     Args:
         places: labelled samples to fit on, ascending (n,).
-        targets: int8 (n, C) of 0 and 1.
+        targets: int8 (n, C) of 0 and 1, -1 where a label is not known.
         progress: told (stage, done, total).
     """
 
@@ -45,6 +49,7 @@ class Ridge:
     ) -> None:
         self.material, self.places, self._progress = material, places, progress
         self._targets = targets
+        self._means = _known_means(targets)
         self._fit_map()
         self._fit()
 
@@ -109,11 +114,15 @@ class Ridge:
             y = self._labels(some[first : first + len(block)])
             for place, penalty in enumerate(PENALTIES):
                 wrong = self._left_out(block, y, penalty) - y
+                if self._means is not None:
+                    at = some[first : first + len(block)]
+                    wrong[torch.from_numpy(self._targets[at] < 0).to(wrong.device)] = 0
                 errors[place] += float(wrong.double().square().sum())
         self.penalty = PENALTIES[int(errors.argmin())]
 
     def _labels(self, at: slice | Ints) -> Tensor:
-        return torch.from_numpy(self._targets[at]).to(self.material.device, torch.float32)
+        y = torch.from_numpy(self._targets[at]).to(self.material.device, torch.float32)
+        return y if self._means is None else torch.where(y < 0, self._means.to(y), y)
 
     def _rotated(self, block: Tensor) -> Tensor:
         return (self._map(block) - self.centre) @ self.rotation
@@ -130,3 +139,11 @@ class Ridge:
 
     def _blocks(self, stage: str, places: Ints) -> Iterator[tuple[int, Tensor]]:
         return self.material.vectors(places, lambda done, of: self._progress(stage, done, of))
+
+
+def _known_means(targets: npt.NDArray[np.int8]) -> Tensor | None:
+    """float32 (C,): the share of each label where it is known; None where all are."""
+    if not len(targets) or targets.min() >= 0:
+        return None
+    known, yes = (targets >= 0).sum(0), (targets == 1).sum(0)
+    return torch.from_numpy(yes / np.maximum(known, 1)).float()

@@ -5,6 +5,8 @@ samples say of this one (`ridge`) and what its other labels explain (`posterior`
 predictions, where it did not train on the sample (`unseen`). The neighbours' labels are shown
 beside it for the reader: they add nothing to the ranking, since the fit has them.
 
+A label that is not known of a sample is no suspect, and says nothing of others.
+
 Legend: n labelled samples, C labels.
 """
 
@@ -50,16 +52,16 @@ class Judged:
     places: Ints
     """(n,)"""
     targets: npt.NDArray[np.int8]
-    """(n, C) as given."""
+    """(n, C) as given, -1 where a label is not known."""
     probabilities: Tensor
     """float32 (n, C) that a label is true."""
     ridge: Ridge
 
     def wrong(self) -> Tensor:
-        """float32 (n, C): that the entry is not as given."""
-        return torch.where(
-            torch.from_numpy(self.targets) == 1, 1 - self.probabilities, self.probabilities
-        )
+        """float32 (n, C): that the entry is not as given; -1 where nothing is given."""
+        given = torch.from_numpy(self.targets)
+        wrong = torch.where(given == 1, 1 - self.probabilities, self.probabilities)
+        return wrong.masked_fill_(given < 0, -1)
 
 
 def judge(
@@ -105,9 +107,9 @@ def suspects(
         chosen = _highest(wrong.gather(1, given[:, None]), limit)
         picked = [("wrong", sample, int(given[sample]), score) for sample, _, score in chosen]
     else:
-        extra = torch.from_numpy(judged.targets) == 1
+        targets = torch.from_numpy(judged.targets)
         picked = []
-        for kind, mask in (("missing", ~extra), ("extra", extra)):
+        for kind, mask in (("missing", targets == 0), ("extra", targets == 1)):
             chosen = _highest(wrong.masked_fill(~mask, -1), limit)
             picked += [(kind, sample, label, score) for sample, label, score in chosen]
         picked.sort(key=lambda item: -item[3])

@@ -78,7 +78,7 @@ def join(own: Tensor, run: Tensor, targets: Tensor, task: str) -> Tensor:
 
     Args:
         own, run: probabilities float32 (n, C).
-        targets: int8 (n, C) of 0 and 1.
+        targets: int8 (n, C) of 0 and 1, -1 where a label is not known.
 
     Returns:
         float32 (n, C); ``own`` where the run adds nothing.
@@ -86,16 +86,19 @@ def join(own: Tensor, run: Tensor, targets: Tensor, task: str) -> Tensor:
     from sklearn.linear_model import LogisticRegression
 
     stride = max(1, -(-own.numel() // JOIN_ENTRIES))
-    y = targets[::stride].reshape(-1).numpy()
-    if y.min() == y.max():
+    y = targets[::stride].reshape(-1)
+    known = y >= 0
+    told = y[known].numpy()
+    if not len(told) or told.min() == told.max():
         return own
-    both = torch.stack([_log_odds(own[::stride]).ravel(), _log_odds(run[::stride]).ravel()], 1)
-    fit = LogisticRegression(C=1.0).fit(both.double().numpy(), y)
+    odds = (_log_odds(p[::stride]).ravel()[known] for p in (own, run))
+    both = torch.stack([*odds], 1)
+    fit = LogisticRegression(C=1.0).fit(both.double().numpy(), told)
     weights, bias = fit.coef_[0], float(fit.intercept_[0])
     if weights.min() <= 0:  # one of them is better alone
         return own if weights[0] >= weights[1] else run.clamp(LEAST, 1 - LEAST)
-    odds = _log_odds(own) * float(weights[0]) + _log_odds(run) * float(weights[1]) + bias
-    p = odds.sigmoid() if task == "multilabel" else odds.softmax(1)
+    joined = _log_odds(own) * float(weights[0]) + _log_odds(run) * float(weights[1]) + bias
+    p = joined.sigmoid() if task == "multilabel" else joined.softmax(1)
     return p.clamp(LEAST, 1 - LEAST)
 
 

@@ -185,10 +185,15 @@ class Head(nn.Module):
         The default needs nothing and reads nothing.
         """
 
-    def fit_labels(self, indptr: Tensor, indices: Tensor) -> None:
+    def fit_labels(
+        self, indptr: Tensor, indices: Tensor, unknown: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         """Look at which labels occur together; before any training, on the CPU.
 
         Row i of the training rows has the labels ``indices[indptr[i]:indptr[i + 1]]``, int64.
+
+        Args:
+            unknown: the same of single labels that are not known; None: there are none.
         """
 
     def set_prior(self, logits: Tensor) -> None:
@@ -206,7 +211,8 @@ class Head(nn.Module):
         Args:
             blocks: what ``prepare`` gave of all validation rows, piece by piece; they may be read
                 from the disk as they are asked for.
-            targets: int8 (n, C) for multilabel, else int64 (n,); no unknown rows.
+            targets: int8 (n, C) for multilabel, -1 where a label is unknown, else int64 (n,); no
+                row is unknown.
             metric: what the training is judged by, a name of `mmc.heads.metrics.METRICS`; None:
                 the task's own.
         """

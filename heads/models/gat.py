@@ -129,7 +129,9 @@ class GAT(PooledHead):
             states_CH: Tensor = self.own + self.classifiers(F.normalize(states_CN, dim=-1))
             return states_CH
 
-    def fit_labels(self, indptr: Tensor, indices: Tensor) -> None:
+    def fit_labels(
+        self, indptr: Tensor, indices: Tensor, unknown: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         config: GATConfig = self.config
         if config.nodes == "text" and self.label_text is None:
             raise InputError(
@@ -137,7 +139,7 @@ class GAT(PooledHead):
                 "that reads texts, or leave it out"
             )
         found = graph.build(
-            graph.conditional(indptr, indices, self.num_labels),
+            graph.conditional(indptr, indices, self.num_labels, unknown),
             None if self.label_text is None else self.label_text.cpu().float().numpy(),
             self.num_labels,
             neighbors=config.neighbors,

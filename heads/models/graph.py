@@ -74,19 +74,38 @@ def build(
     return LabelGraph(neighbors=torch.from_numpy(places), weights=torch.from_numpy(weights))
 
 
-def conditional(indptr: Tensor, indices: Tensor, num_labels: int) -> sp.csr_array:
+def conditional(
+    indptr: Tensor,
+    indices: Tensor,
+    num_labels: int,
+    unknown: tuple[Tensor, Tensor] | None = None,
+) -> sp.csr_array:
     """P(label j | label i) at (i, j), float64, from the rows' labels in CSR form.
 
     One is added to the count of i, so that what was seen once does not count as certain.
+
+    Args:
+        unknown: (indptr, indices) of single labels that are not known: only rows of i that know j
+            count for j.
     """
-    rows = len(indptr) - 1
-    ones = np.ones(len(indices))
-    has = sp.csr_array((ones, indices.numpy(), indptr.numpy()), shape=(rows, num_labels))
+    has = _incidence(indptr, indices, num_labels)
     together = sp.csr_array(has.T @ has)
     counts = together.diagonal()
     together.setdiag(0)
     together.eliminate_zeros()
-    return sp.csr_array(sp.diags_array(1 / (counts + 1)) @ together)
+    if unknown is None:
+        return sp.csr_array(sp.diags_array(1 / (counts + 1)) @ together)
+    pairs = together.tocoo()
+    lost = sp.csr_array(has.T @ _incidence(*unknown, num_labels))
+    there = counts[pairs.row] - lost[pairs.row, pairs.col]
+    shape = (num_labels, num_labels)
+    return sp.csr_array((pairs.data / (there + 1), (pairs.row, pairs.col)), shape=shape)
+
+
+def _incidence(indptr: Tensor, indices: Tensor, num_labels: int) -> sp.csr_array:
+    """(n, C): 1 where a row has a label."""
+    ones, shape = np.ones(len(indices)), (len(indptr) - 1, num_labels)
+    return sp.csr_array((ones, indices.numpy(), indptr.numpy()), shape=shape)
 
 
 def nearest(texts: npt.NDArray[np.float32], count: int) -> sp.csr_array:

@@ -94,6 +94,8 @@ class ZeroShot(Head):
         if not self.config.calibrate:
             return
         cosine = torch.cat([block["cosine"] for block in blocks]).double()
+        known = targets >= 0
+        truth = targets[known].double()
         log_scale = nn.Parameter(self.log_scale.double().clone())
         bias = nn.Parameter(-cosine.mean(0) * log_scale.detach().exp())
         optimizer = torch.optim.LBFGS(
@@ -104,7 +106,7 @@ class ZeroShot(Head):
             optimizer.zero_grad()
             logits = cosine * log_scale.exp() + bias
             if task == "multilabel":
-                loss = F.binary_cross_entropy_with_logits(logits, targets.double())
+                loss = F.binary_cross_entropy_with_logits(logits[known], truth)
             else:
                 loss = F.cross_entropy(logits, targets)
             # A weak pull keeps a label without positives, or a separable one, finite.

@@ -175,8 +175,9 @@ def _curves(run: Run, measured: Measured, rows: list[dict[str, Any]], of: int) -
     figures = []
     for row in rows:
         place, ap = row["place"], f"AP {number(row['ap'])}"
-        truth = measured.truth[:, place] == 1
-        points = precision_recall(scores[:, place].numpy(), truth.numpy())
+        known = measured.truth[:, place] >= 0
+        truth = measured.truth[known, place] == 1
+        points = precision_recall(scores[known, place].numpy(), truth.numpy())
         decided = row["recall"], row["precision"]
         mark = None if None in decided else decided
         drawn = unit_chart(

@@ -49,7 +49,7 @@ class Measured:
     decisions: Tensor
     """bool (n, C), at the run's thresholds."""
     truth: Tensor
-    """int8 (n, C): 0 or 1."""
+    """int8 (n, C): 0 or 1, -1 where a label is not known; every row knows one or more."""
     metrics: dict[str, Any]
     """As `mmc.heads.metrics.evaluate` gives them, with rows_digest."""
 
@@ -111,7 +111,9 @@ def out_of_fold(run: Run, store: "EmbeddingStore") -> Measured:
     kept = (rows >= 0) & store.labels.known[rows]
     rows, logits = rows[kept], found.logits[torch.from_numpy(kept)]
     truth = aligned_targets(run, store, rows)
-    one = task_targets(truth, run.task) >= 0 if run.task != "multilabel" else truth[:, 0] >= 0
+    one = (truth >= 0).any(1)
+    if run.task != "multilabel":
+        one = task_targets(truth, run.task) >= 0
     p = probabilities(logits[one], run.task, run.temperature)
     return Measured(
         split="train and val, out of fold",
@@ -125,12 +127,13 @@ def out_of_fold(run: Run, store: "EmbeddingStore") -> Measured:
 
 
 def losses(measured: Measured, run: Run) -> Tensor:
-    """float64 (n,): -log p of what is true, for multilabel its mean over labels."""
+    """float64 (n,): -log p of what is true, for multilabel its mean over the known labels."""
     exact = measured.logits.double() / run.temperature
     if run.task == "multilabel":
+        known = (measured.truth >= 0).double()
         return F.binary_cross_entropy_with_logits(
-            exact, measured.truth.double(), reduction="none"
-        ).mean(1)
+            exact, measured.truth.clamp(min=0).double(), weight=known, reduction="none"
+        ).sum(1) / known.sum(1)
     return F.cross_entropy(exact, measured.truth.argmax(1), reduction="none")
 
 
@@ -143,14 +146,14 @@ def reliability(
     predicted class, else of every label.
     """
     p = probabilities(measured.logits, task, temperature)
-    yes = measured.truth == 1
+    yes, known = measured.truth == 1, measured.truth >= 0
     if task == "binary":
         p, yes = p[:, 1:], yes[:, 1:]
     elif task == "multiclass":
         p, place = p.max(1, keepdim=True)
         yes = yes.gather(1, place)
     binned = BinnedCalibration(p.shape[1], p.device)
-    binned.add(p, yes, torch.ones_like(yes))
+    binned.add(p, yes, known if task == "multilabel" else torch.ones_like(yes))
     sums = binned.sums.view(3, -1, BINS).sum(1)
     return [
         (int(count), float(total / count), float(true / count))
@@ -181,7 +184,7 @@ def counted(measured: Measured, task: str, counts: npt.NDArray[np.int32]) -> dic
     Definitions are those of `mmc.heads.metrics`, which counts of one give exactly.
     """
     weights = torch.from_numpy(counts).double()
-    chosen, yes = measured.decisions, measured.truth == 1
+    chosen, yes = measured.decisions & (measured.truth >= 0), measured.truth == 1
     both = chosen & yes
     tp, predicted, true = (_weighted(weights, x) for x in (both, chosen, yes))
     rows = weights.sum(1)
@@ -192,7 +195,7 @@ def counted(measured: Measured, task: str, counts: npt.NDArray[np.int32]) -> dic
         exact = (chosen == yes).all(1).double()
         found = {
             "micro_f1": 2 * tp.sum(1) / (predicted + true).sum(1).clamp(min=1),
-            "macro_f1": f1.mean(1),
+            "macro_f1": f1[:, (measured.truth >= 0).any(0)].mean(1),
             "samples_f1": weights @ per_row / rows,
             "subset_accuracy": weights @ exact / rows,
         }

@@ -40,8 +40,8 @@ def confusions(run: Run, measured: Measured) -> str:
 def _mix_ups(names: tuple[str, ...], measured: Measured) -> str:
     shares, wrong = mix_ups(measured)
     kept = _most_involved(wrong)
-    yes = (measured.truth == 1).float()
-    together = yes.T @ yes / yes.sum(0).clamp(min=1)[:, None]
+    yes, known = (measured.truth == 1).float(), (measured.truth >= 0).float()
+    together = yes.T @ yes / (yes.T @ known).clamp(min=1)
     return section(
         "confusions",
         "What is mixed up",
@@ -73,7 +73,7 @@ def mix_ups(measured: Measured) -> tuple[Tensor, Tensor]:
     On the diagonal the share of rows with i that was given i, and 0.
     """
     yes, chosen = (measured.truth == 1).float(), measured.decisions.float()
-    without = 1 - yes
+    without = (measured.truth == 0).float()
     wrong = yes.T @ (chosen * without)
     shares = wrong / (yes.T @ without).clamp(min=1)
     found = (yes * chosen).sum(0) / yes.sum(0).clamp(min=1)
@@ -126,9 +126,11 @@ def near_labels(run: Run, store: "EmbeddingStore", measured: Measured) -> str:
         ways.append(("nearest by their texts (cosine)", 2, unit @ unit.T))
     if run.task == "multilabel":
         both = yes.T @ yes
-        union = yes.sum(0)[:, None] + yes.sum(0)[None] - both
+        known = (measured.truth >= 0).float()
+        with_i = yes.T @ known  # of the rows that know the other label, too
+        union = with_i + with_i.T - both
         ways.append(("occurs with (share of either)", 2, both / union.clamp(min=1)))
-    wrong = yes.T @ (chosen * (1 - yes))
+    wrong = yes.T @ (chosen * (measured.truth == 0))
     ways.append(("wrongly given to its samples (samples)", 0, wrong))
     shown = yes.sum(0).argsort(descending=True, stable=True)[:MOST_ROWS].tolist()
     body = []

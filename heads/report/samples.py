@@ -81,7 +81,7 @@ def best_and_worst(run: Run, measured: Measured, album: Album) -> str:
         "Worst and best samples",
         paragraph(
             "By the loss, which grows with how sure the run is of what is wrong. ✓ right, "
-            "✗ given though the sample does not have it, ○ missed.",
+            "✗ given though the sample does not have it, ○ missed, ? given and not known.",
             "soft",
         ),
         f'<h3>Worst</h3><ul class="samples">{cards(worst)}</ul>',
@@ -93,11 +93,13 @@ def answer(run: Run, measured: Measured, place: int) -> str:
     """True and given labels of a sample, with their probabilities."""
     yes, chosen = measured.truth[place] == 1, measured.decisions[place]
     p = measured.probabilities[place]
+    known = measured.truth[place] >= 0
     either = (yes | chosen).nonzero()[:, 0]
     shown = either[p[either].argsort(descending=True, stable=True)].tolist()
     tags = []
     for label in shown[:TAGS]:
         kind = "ok" if yes[label] and chosen[label] else "missed" if yes[label] else "extra"
+        kind = kind if known[label] else "open"
         tags.append(_tag(kind, run.label_set[label], float(p[label])))
     if len(shown) > TAGS:
         tags.append(f"<li>and {len(shown) - TAGS} more</li>")
@@ -106,7 +108,12 @@ def answer(run: Run, measured: Measured, place: int) -> str:
     return f'<ul class="tags">{"".join(tags)}</ul>'
 
 
-_TAGS = {"ok": ("✓", "right"), "extra": ("✗", "wrongly given"), "missed": ("○", "missed")}
+_TAGS = {
+    "ok": ("✓", "right"),
+    "extra": ("✗", "wrongly given"),
+    "missed": ("○", "missed"),
+    "open": ("?", "given, the truth is not known"),
+}
 
 
 def _tag(kind: str, label: str, p: float) -> str:
@@ -123,9 +130,9 @@ def suspects(run: Run, parts: Sequence[Measured], album: Album) -> str:
     extra: list[Suspect] = []
     for part, measured in enumerate(parts):
         p, yes = measured.probabilities, measured.truth == 1
-        chosen = measured.decisions
+        chosen, no = measured.decisions, measured.truth == 0
         for found, wrong, doubt in (
-            (missing, chosen & ~yes, p),
+            (missing, chosen & no, p),
             (extra, yes & ~chosen, 1 - p),
         ):
             places = wrong.nonzero()

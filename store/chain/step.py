@@ -22,7 +22,7 @@ State = Callable[[], str]
 ABSENT = "absent"
 """State of what is not there."""
 
-_SAMPLES = ("id", "split", "labels", "image_key", "text_key", "_gone")
+_SAMPLES = ("id", "split", "labels", "image_key", "text_key", "_gone", "unknown_labels")
 """Columns that embeddings, trainings and predictions depend on."""
 
 
@@ -133,6 +133,8 @@ def _samples_digest(path: str, signature: str) -> str:
     digest = hashlib.sha256(
         json.dumps([store.label_set, store.task, store.label_tree], sort_keys=True).encode()
     )
-    table = store.samples.select(_SAMPLES).combine_chunks()
-    hash_table(digest, table)
+    samples = store.samples
+    hash_table(
+        digest, samples.select([n for n in _SAMPLES if n in samples.column_names]).combine_chunks()
+    )
     return digest.hexdigest()

@@ -84,7 +84,7 @@ def test_a_format_newer_than_ours(mmc: Callable, trained, tmp_path):
     shutil.copytree(trained[0], store)
     shutil.copytree(trained[1], run)
     group = json.loads((store / "zarr.json").read_text(encoding="utf-8"))
-    group["attributes"]["mmc"]["format"] = 2
+    group["attributes"]["mmc"]["format"] = 3
     (store / "zarr.json").write_text(json.dumps(group), encoding="utf-8")
     result = mmc("info", store)
     assert result.code == 2

@@ -147,7 +147,7 @@ def test_what_has_no_partner_is_counted(tmp_path):
         ({"encoded_labels": [1, 0]}, "has 2 values and organized_Tags.json has 6 labels"),
         ({"encoded_labels": [0, 0, 0.5, 0, 0, 0]}, "has 0.5 at place 3"),
         ({"encoded_labels": [0, "1", 0, 0, 0, 0]}, 'has "1" at place 2'),
-        ({"encoded_labels": [0, 0, 0, 0, 0, None]}, "has null at place 6"),
+        ({"encoded_labels": [0, 0, 0, 0, 0, -2]}, "has -2 at place 6"),
         ({"encoded_labels": [True, 0, 0, 0, 0, 0]}, "has true at place 1"),
         ({"encoded_labels": 3}, "is no list"),
         ({"labels": []}, 'has no "encoded_labels"'),

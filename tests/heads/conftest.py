@@ -26,7 +26,8 @@ def make_store(tmp_path: Path) -> Callable[..., EmbeddingStore]:
     """Makes a store: 60 samples, features ``clip/image`` and ``clip/text`` of width 8.
 
     The first values of the image features tell the labels. Splits go train, train, val, test;
-    samples ``s7`` and ``s11`` failed, samples in ``unlabelled`` have no labels.
+    samples ``s7`` and ``s11`` failed, samples in ``unlabelled`` have no labels, and of the others'
+    labels the share ``unknown`` is not known.
     """
 
     def make(
@@ -37,6 +38,7 @@ def make_store(tmp_path: Path) -> Callable[..., EmbeddingStore]:
         noise: float = 0.3,
         failed: tuple[int, ...] = (7, 11),
         unlabelled: tuple[int, ...] = (3,),
+        unknown: float = 0.0,
         label_set: tuple[str, ...] | None = None,
         identity: dict[str, Any] | None = None,
         source: dict[str, Any] | None = None,
@@ -49,14 +51,18 @@ def make_store(tmp_path: Path) -> Callable[..., EmbeddingStore]:
             truth[:, -1] = False
         else:
             truth = np.eye(len(names), dtype=bool)[random.integers(0, len(names), n)]
+        open_ = np.random.default_rng([seed, 1]).random(truth.shape) < unknown
         labels = [
-            None if i in unlabelled else np.flatnonzero(row).tolist() for i, row in enumerate(truth)
+            None if i in unlabelled else np.flatnonzero(row).tolist()
+            for i, row in enumerate(truth & ~open_)
         ]
+        lacking = [np.flatnonzero(row).tolist() for row in open_]
         table = pa.table(
             {
                 "id": [f"s{i}" for i in range(n)],
                 "split": [("train", "train", "val", "test")[i % 4] for i in range(n)],
                 "labels": pa.array(labels, pa.list_(pa.int32())),
+                "unknown_labels": pa.array(lacking, pa.list_(pa.int32())),
                 "text": [f"text {i}" for i in range(n)],
                 "text_key": [f"t{i}" for i in range(n)],
                 "image": [f"{i}.png" for i in range(n)],

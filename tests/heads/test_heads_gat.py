@@ -324,7 +324,8 @@ def test_the_training_shows_the_labels_of_its_training_rows(make_store, tmp_path
     seen = []
     monkeypatch.setattr(GAT, "fit_labels", lambda self, *rows: seen.append(rows))
     train(store, tmp_path / "run", TrainConfig(head="gat", device="cpu", epochs=1))
-    ((indptr, indices),) = seen
+    ((indptr, indices, unknown),) = seen
+    assert unknown is None
     rows = store.rows(split="train", features=list(store.features))
     rows = rows[store.labels.known[rows]]
     expected = store.labels.multi_hot(rows)

@@ -152,8 +152,8 @@ def test_what_is_not_a_store(tmp_path: Path) -> None:
 def test_a_newer_format_asks_for_an_upgrade(tmp_path: Path) -> None:
     create(tmp_path, samples_table(range(2)))
     root = tmp_path / "s" / "zarr.json"
-    root.write_text(root.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(FormatVersionError, match=r"format 2 .* reads up to 1; upgrade mmc"):
+    root.write_text(root.read_text().replace('"format": 1', '"format": 3'))
+    with pytest.raises(FormatVersionError, match=r"format 3 .* reads up to 2; upgrade mmc"):
         EmbeddingStore.open(tmp_path / "s")
 
 
