@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mmc.heads.models.base import Batch, Head
+from mmc.heads.targets import Targets, as_targets
 
 if TYPE_CHECKING:
     from mmc.store import EmbeddingStore
@@ -348,8 +349,8 @@ class Data(Protocol):
     """Rows to train or validate on."""
 
     @property
-    def targets(self) -> Tensor:
-        """int8 (n, C) for multilabel, else int64 (n,), on the device."""
+    def targets(self) -> Tensor | Targets:
+        """int8 (n, C) for multilabel, else int64 (n,), on the device; or what gives them."""
 
     def __len__(self) -> int:
         """n."""
@@ -366,7 +367,7 @@ class ResidentData:
     """`Data` that lies in the device's memory."""
 
     inputs: Batch
-    targets: Tensor
+    targets: Tensor | Targets
     share: Share = ALONE
     """Of the rows, those that are here."""
     size: int | None = None
@@ -402,25 +403,23 @@ class Gather:
     more than the copy.
     """
 
-    def __init__(self, inputs: Batch, targets: Tensor, batch_size: int) -> None:
+    def __init__(self, inputs: Batch, targets: Targets, batch_size: int) -> None:
         self._inputs = {
             key: values.new_empty((batch_size, *values.shape[1:])) for key, values in inputs.items()
         }
-        self._targets = targets.new_empty((batch_size, *targets.shape[1:]))
-        self._floats = self._targets.float() if targets.ndim == 2 else None
+        self._targets = targets.room(batch_size)
 
-    def fill(self, place: int, inputs: Batch, targets: Tensor, index: Tensor) -> None:
+    def fill(self, place: int, inputs: Batch, targets: Targets, index: Tensor) -> None:
         """Copy the rows ``index`` to the places from ``place`` on."""
         end = place + len(index)
         for key, buffer in self._inputs.items():
             torch.index_select(inputs[key], 0, index, out=buffer[place:end])
-        torch.index_select(targets, 0, index, out=self._targets[place:end])
+        targets.rows(index, self._targets[place:end])
 
     def batch(self, size: int) -> tuple[Batch, Tensor]:
         """The first ``size`` places."""
         batch = {key: buffer[:size] for key, buffer in self._inputs.items()}
-        targets = self._targets[:size]
-        return batch, targets if self._floats is None else self._floats[:size].copy_(targets)
+        return batch, self._targets[:size]
 
 
 class ResidentBatches:
@@ -429,7 +428,7 @@ class ResidentBatches:
     def __init__(
         self,
         inputs: Batch,
-        targets: Tensor,
+        targets: Tensor | Targets,
         batch_size: int,
         *,
         seed: int,
@@ -438,11 +437,11 @@ class ResidentBatches:
         size: int | None = None,
     ) -> None:
         self.inputs = {key: inputs[key] for key in reads} if reads is not None else dict(inputs)
-        self.targets = targets
+        self.targets = as_targets(targets)
         self.share, self.size = share, len(targets) if size is None else size
         self.batch_size = min(batch_size, self.size)
         self.seed = seed
-        self._gather = Gather(self.inputs, targets, self.batch_size)
+        self._gather = Gather(self.inputs, self.targets, self.batch_size)
 
     def __len__(self) -> int:
         """Batches per epoch; the last may be short."""

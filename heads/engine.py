@@ -32,6 +32,7 @@ from mmc.heads.optim import (
     trained_parameters,
 )
 from mmc.heads.options import OptimConfig
+from mmc.heads.targets import as_targets
 
 ROUND_STEPS = 50
 """Least steps between validations: a set of 48 rows is not validated after every second step."""
@@ -293,7 +294,7 @@ class Engine:
         logits = score_all(stage.score or self.head.score, self.val.blocks())
         for module in training:
             module.training = True
-        targets = self.val.targets
+        targets = as_targets(self.val.targets).whole()
         loss = self.loss(logits, targets.float() if targets.ndim == 2 else targets)
         return metrics.score(logits, targets, self.task, self.metric), float(loss)
 

@@ -19,6 +19,9 @@ from mmc.store.holdout import held_out
 if TYPE_CHECKING:
     from mmc.store import EmbeddingStore
 
+BLOCK_ENTRIES = 1 << 26
+"""Labels of rows that are written out at a time to be hashed."""
+
 Rows = npt.NDArray[np.int64]
 
 
@@ -119,10 +122,12 @@ def label_rows(store: "EmbeddingStore", rows: Rows) -> tuple[Rows, Rows]:
 def digest(splits: Splits, store: "EmbeddingStore") -> str:
     """Hash of the rows that decide the parameters, and of their labels."""
     state = hashlib.blake2b(digest_size=16)
+    step = max(1, BLOCK_ENTRIES // max(len(store.label_set), 1))
     for rows in (splits.train, splits.val):
         state.update(len(rows).to_bytes(8, "little"))
         state.update(np.ascontiguousarray(rows).tobytes())
-        state.update(targets(store, rows).numpy().tobytes())
+        for start in range(0, len(rows), step):
+            state.update(targets(store, rows[start : start + step]).numpy().tobytes())
     return state.hexdigest()
 
 
@@ -136,7 +141,10 @@ def rows_digest(store: "EmbeddingStore", rows: Rows, truth: Tensor) -> str:
     order = pc.sort_indices(ids).to_numpy()
     state = hashlib.blake2b(digest_size=16)
     state.update("\0".join(ids.take(pa.array(order)).to_pylist()).encode())
-    state.update(np.ascontiguousarray(truth.cpu().numpy()[order]).tobytes())
+    known = truth.cpu().numpy()
+    step = max(1, BLOCK_ENTRIES // max(known[:1].size, 1))
+    for start in range(0, len(order), step):
+        state.update(known[order[start : start + step]].tobytes())
     return state.hexdigest()
 
 

@@ -37,6 +37,7 @@ from mmc.heads.batches import (
     stored_bytes,
 )
 from mmc.heads.models.base import Batch, Head
+from mmc.heads.targets import Targets, as_targets
 
 if TYPE_CHECKING:
     from mmc.store import EmbeddingStore
@@ -94,7 +95,7 @@ class StreamedData:
         store: "EmbeddingStore",
         features: Mapping[str, str],
         rows: Rows,
-        targets: Tensor,
+        targets: Tensor | Targets,
         head: Head,
         *,
         device: torch.device,
@@ -105,7 +106,7 @@ class StreamedData:
         tile_bytes: int | None = None,
         share: Share = ALONE,
     ) -> None:
-        self.targets, self.share = targets, share
+        self.targets, self.share = as_targets(targets), share
         self.window_rows, self.buffers = window_rows, buffers
         self.device = device
         most = BLOCK_BYTES if block_bytes is None else block_bytes
@@ -257,12 +258,10 @@ class StreamedBatches:
         """The buffers, made once."""
         if not self._buffers:
             data, sample = self.data, self.data.reader.sample()
-            dtype = torch.float32 if data.targets.ndim == 2 else data.targets.dtype
-            shape = (self.batch_size, *data.targets.shape[1:])
             self._buffers = [
                 Buffer(
                     data.preparer.room(self.batch_size, sample, self.reads),
-                    data.targets.new_empty(shape, dtype=dtype),
+                    data.targets.room(self.batch_size),
                 )
                 for _ in range(data.buffers if data.device.type == "cpu" else 1)
             ]
@@ -331,7 +330,7 @@ class StreamedBatches:
         def put(index: Tensor, place: int) -> None:
             data.preparer.put(window.fields, buffer.inputs, place, index)
             rows = window.rows.index_select(0, index)
-            buffer.targets[place : place + len(index)] = data.targets.index_select(0, rows)
+            data.targets.rows(rows, buffer.targets[place : place + len(index)])
 
         if pool is None:
             put(index, place)

@@ -38,6 +38,7 @@ from mmc.heads.models.base import Head
 from mmc.heads.options import SEARCH, OptimConfig, TrainConfig, parse_set
 from mmc.heads.predict import BLOCK_BYTES, Predictor
 from mmc.heads.streaming import StreamedData
+from mmc.heads.targets import Targets, as_targets, load_targets, nbytes_of
 from mmc.heads.temperature import fit_temperature, probabilities
 from mmc.store.config import build
 from mmc.store.errors import InputError
@@ -232,8 +233,9 @@ class Setup:
         if len(data.val):
             head.eval()
             with torch.no_grad():
+                targets = as_targets(data.val.targets).whole()
                 said = head.fit_validation(
-                    data.val.blocks(), data.val.targets, self.store.task, self.optim.metric
+                    data.val.blocks(), targets, self.store.task, self.optim.metric
                 )
             position.notes += [said] if said else []
         self.processes.share(head.state_dict().values())
@@ -246,7 +248,8 @@ class Setup:
     def validate(self, head: Head, data: Loaded) -> float:
         """The metric that trainings are compared by, on the validation rows; NaN: undefined."""
         logits = score_all(head.eval().score, data.val.blocks())
-        return metrics.score(logits, data.val.targets, self.store.task, self.optim.metric)
+        targets = as_targets(data.val.targets).whole()
+        return metrics.score(logits, targets, self.store.task, self.optim.metric)
 
     def run(self, state: Mapping[str, Tensor], position: Position) -> Run:
         """The run of a head with this ``state_dict``, not yet measured."""
@@ -385,7 +388,6 @@ class Setup:
                 floats += values.numel()
             else:
                 others += values.nbytes
-        target, labels = self._targets(rows[:1]), self.store.labels
         needs = memory.Needs(
             train_rows=len(train),
             val_rows=len(self.splits.val),
@@ -393,9 +395,9 @@ class Setup:
             stored=stored_bytes(self.store, self.features),
             prepared=floats * self.dtype.itemsize + others,
             val_prepared=floats * torch.float32.itemsize + others,
-            target=target.numel() * (torch.float32.itemsize if target.ndim == 2 else 8),
-            labels=target.nbytes * (len(train) + len(self.splits.val))
-            + sum(kept.nbytes for kept in (labels.indptr, labels.indices, labels.known)),
+            target=self._targets(rows[:1]).room(1).nbytes,
+            labels=sum(nbytes_of(self.store, part) for part in (train, self.splits.val))
+            + self.store.labels.nbytes,
             score=len(self.store.label_set) * torch.float32.itemsize,
             tile=largest_tile(head, self.device),
             processes=self.processes.count,
@@ -474,8 +476,8 @@ class Setup:
             share=share,
         )
 
-    def _targets(self, rows: splits.Rows) -> Tensor:
-        return splits.targets(self.store, rows).to(self.device)
+    def _targets(self, rows: splits.Rows) -> Targets:
+        return load_targets(self.store, rows, self.device)
 
 
 def default_batch(rows: int, device: torch.device, most: int | None = None) -> int:

@@ -488,6 +488,12 @@ class Labels:
         """Whether single labels may be unknown."""
         return self.unknown_indptr is not None
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take."""
+        arrays = (self.indptr, self.indices, self.known, self.unknown_indptr, self.unknown_indices)
+        return sum(array.nbytes for array in arrays if array is not None)
+
     def given(self, rows: npt.ArrayLike | None = None) -> CompressedRows:
         """(indptr, indices) of the labels that ``rows`` (all when None) have."""
         return _chosen(self.indptr, self.indices, rows)

@@ -28,6 +28,7 @@ from mmc.heads.models.base import Head, Stage
 from mmc.heads.models.linear import Linear
 from mmc.heads.optim import Average, clip, lr_factor, make_optimizer, set_lr, trained_parameters
 from mmc.heads.options import OptimConfig
+from mmc.heads.targets import as_targets
 from mmc.store.errors import MmcError
 
 WIDEST = 2560
@@ -130,7 +131,7 @@ class Member:
 
     def judge(self, logits: Tensor, val: Data) -> None:
         """Take in the validation logits float32 (n, C) after an epoch."""
-        engine, targets = self.engine, val.targets
+        engine, targets = self.engine, as_targets(val.targets).whole()
         loss = engine.loss(logits, targets.float() if targets.ndim == 2 else targets)
         try:
             metric = metrics.score(logits, targets, engine.task, engine.metric)

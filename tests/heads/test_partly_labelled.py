@@ -78,17 +78,6 @@ def test_priors_count_the_rows_that_know_a_label(make_store, tmp_path: Path) -> 
     np.testing.assert_allclose(bias.numpy(), np.log(share / (1 - share)), atol=1e-4)
 
 
-def test_streamed_rows_and_resident_ones_train_alike(make_store, tmp_path: Path) -> None:
-    store = make_store(n=400, unknown=0.4)
-    config = {"head": "linear", "device": "cpu", "epochs": 3, "batch_size": 400}
-    resident = train(store, tmp_path / "a", TrainConfig(**config, precision="float32"))
-    streamed = train(
-        store, tmp_path / "b", TrainConfig(**config, precision="float32", max_memory="20k")
-    )
-    for key, value in resident.run.state.items():
-        torch.testing.assert_close(streamed.run.state[key], value, rtol=1e-4, atol=1e-5)
-
-
 def test_labels_known_of_no_row_are_left_out_of_averages() -> None:
     draw = np.random.default_rng(0)
     truth = hot_of(draw, (80, 3))
