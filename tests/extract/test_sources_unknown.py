@@ -10,6 +10,7 @@ import pyarrow.feather as feather
 import pytest
 from PIL import Image
 
+from mmc.extract.captions_table import write_table
 from mmc.extract.prepare import PrepareConfig, prepare
 from mmc.extract.sources import SourceOptions, read_source
 from mmc.extract.sources.duplicates import duplicates
@@ -239,3 +240,16 @@ def test_of_two_copies_the_one_that_knows_more_stays():
     found = duplicates(table)
     assert found.repeats.tolist() == [0, 1]
     assert found.originals.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.parquet"])
+def test_a_table_with_captions_keeps_what_is_unknown(tmp_path, name):
+    before = read(write(tmp_path, LUNGS), label_column=COLUMNS)
+    said = []
+    out = tmp_path / name
+    write_table(out, before, ["x"] * 4, "generated", said.append)
+    after = read_source(str(out))
+    assert said == []
+    names = [before.label_set.index(label) for label in after.label_set]
+    assert hot(after) == [[row[at] for at in names] for row in hot(before)]
+    assert after.table["generated"].to_pylist() == ["x"] * 4
