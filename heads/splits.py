@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 BLOCK_ENTRIES = 1 << 26
 """Labels of rows that are written out at a time to be hashed."""
+MOST_WRITTEN = 1 << 28
+"""Of more rows x labels the compressed rows are hashed: writing out 10^10 takes long."""
 
 Rows = npt.NDArray[np.int64]
 
@@ -126,6 +128,10 @@ def digest(splits: Splits, store: "EmbeddingStore") -> str:
     for rows in (splits.train, splits.val):
         state.update(len(rows).to_bytes(8, "little"))
         state.update(np.ascontiguousarray(rows).tobytes())
+        if len(rows) * len(store.label_set) > MOST_WRITTEN:
+            for array in (*store.labels.given(rows), *store.labels.unknown(rows)):
+                state.update(array.tobytes())
+            continue
         for start in range(0, len(rows), step):
             state.update(targets(store, rows[start : start + step]).numpy().tobytes())
     return state.hexdigest()

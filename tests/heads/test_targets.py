@@ -126,3 +126,20 @@ def test_what_is_hashed_does_not_depend_on_the_blocks(
     before = splits.digest(chosen, store), splits.rows_digest(store, rows, truth)
     monkeypatch.setattr(splits, "BLOCK_ENTRIES", 12)
     assert (splits.digest(chosen, store), splits.rows_digest(store, rows, truth)) == before
+
+
+def test_the_hash_of_a_large_set_tells_every_label(
+    make_store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(splits, "MOST_WRITTEN", 0)
+    store = make_store(unknown=0.2)
+    chosen = splits.choose(store, ("clip/image",), trains=True)
+    hot = store.labels.multi_hot()
+    found = {splits.digest(chosen, store)}
+    row = int(chosen.train[1])
+    for value in {-1, 0, 1} - {int(hot[row, 0])}:
+        other = hot.copy()
+        other[row, 0] = value
+        monkeypatch.setattr(store, "_labels", Labels.of_hot(other))
+        found.add(splits.digest(chosen, store))
+    assert len(found) == 3
