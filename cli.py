@@ -681,6 +681,7 @@ def report_command(
     Example:
       mmc report my.run --out report.html
     """
+    from mmc.extract.progress import Progress
     from mmc.extract.thumbnails import Thumbnails
     from mmc.heads.artifact import Run
     from mmc.heads.report.page import trained_store, write_report
@@ -688,15 +689,17 @@ def report_command(
 
     loaded = Run.load(run)
     opened = EmbeddingStore.open(store or trained_store(loaded, run))
-    done = write_report(
-        loaded,
-        opened,
-        out,
-        split=split,
-        thumbnail=Thumbnails(opened),
-        device=device,
-        report=_say,
-    )
+    with Progress() as progress:
+        done = write_report(
+            loaded,
+            opened,
+            out,
+            split=split,
+            thumbnail=Thumbnails(opened),
+            device=device,
+            report=_say,
+            progress=progress,
+        )
     if json_output:
         _print_json(asdict(done))
     else:
@@ -734,20 +737,24 @@ def neighbors_command(
       mmc neighbors my.store --query photo.jpg -k 5
       mmc neighbors my.store --query "two dogs on a beach"
     """
+    from mmc.extract.progress import Progress
     from mmc.extract.queries import embed_query
     from mmc.store import EmbeddingStore
-    from mmc.store.nearest import format_neighbors, nearest_samples
+    from mmc.store.nearest import described, format_neighbors, nearest_samples
     from mmc.store.neighbors import open_index
 
     opened = EmbeddingStore.open(store)
     asked = embed_query(opened, query, kind=by, feature=features, device=device)
-    searched = open_index(opened, asked.feature, kind=index, report=_say)
+    with Progress() as progress:
+        searched = open_index(opened, asked.feature, kind=index, report=_say, progress=progress)
     found = nearest_samples(opened, searched, asked.vector, k, row=asked.row)
+    # A text or a picture is what was typed, a sample what the store knows of it.
+    told = {asked.kind: query} if asked.row is None else described(opened, [asked.row])[0]
     if json_output:
-        _print_json({"by": asked.kind, "feature": asked.feature, "neighbors": found})
+        _print_json({"by": asked.kind, "feature": asked.feature, "query": told, "neighbors": found})
     else:
         _say(f"nearest by {asked.kind}: {searched}")
-        print(format_neighbors(found))
+        print(format_neighbors(found, told))
 
 
 @app.command("labels")
@@ -773,15 +780,23 @@ def labels_command(
       mmc labels my.store --run my.run --out labels
     """
     from mmc.extract.progress import Progress
+    from mmc.extract.thumbnails import Thumbnails
     from mmc.heads.artifact import Run
     from mmc.heads.labels.analysis import analyse_labels
     from mmc.store import EmbeddingStore
 
     config = build(LabelsConfig, settings, where="mmc labels")
     loaded = None if run is None else Run.load(run)
+    opened = EmbeddingStore.open(store)
     with Progress() as progress:
         found = analyse_labels(
-            EmbeddingStore.open(store), out, config, run=loaded, report=_say, progress=progress
+            opened,
+            out,
+            config,
+            run=loaded,
+            thumbnail=Thumbnails(opened),
+            report=_say,
+            progress=progress,
         )
     if json_output:
         _print_json(asdict(found))

@@ -3,48 +3,37 @@
 Flips one entry of 5 % of the labelled samples (half of them drop a label, half add one; with one
 label per sample: another one), and ranks all entries. Precision and recall are of as many entries
 as were flipped; of each kind (missing, extra) as many of that kind's own ranking as it has flips.
-The store is only read.
+Beside them the mean of the scores shown for these entries, which should be near the precision. The
+store is only read.
 """
 
 import argparse
 import time
 
 import numpy as np
-import torch
 
+from mmc.heads.labels.flips import flip
 from mmc.heads.labels.material import Material
 from mmc.heads.labels.suspects import Judged, judge
 from mmc.store import EmbeddingStore
 
-SHARE = 0.05
+
+def ranked(found: Judged) -> np.ndarray:
+    """float64 (n, C): scores as `mmc labels` ranks by; doubts break ties."""
+    doubt = found.wrong().numpy().astype(np.float64)
+    given = found.targets == 1
+    out = np.full(doubt.shape, -1.0)
+    for kind, scale in found.scales.items():
+        inside = ~given if kind == "missing" else given
+        out[inside] = scale(doubt[inside])
+    return np.where(out >= 0, out + 1e-6 * doubt, out)
 
 
-class Flipped(Material):
-    """A material whose labels are partly wrong."""
-
-    def flip(self, seed: int) -> np.ndarray:
-        """Flip labels; bool (n, C) of the entries that are wrong now."""
-        random = np.random.default_rng(seed)
-        places = self.labelled
-        true = self.store.labels.multi_hot(self.rows[places])
-        wrong = np.zeros(true.shape, bool)
-        single = self.store.task != "multilabel"
-        for row in random.choice(len(places), round(SHARE * len(places)), replace=False):
-            has, lacks = np.flatnonzero(true[row]), np.flatnonzero(true[row] == 0)
-            drop = random.random() < 0.5 and len(has) > 1
-            if single or not drop:
-                wrong[row, random.choice(lacks)] = True
-            if single or drop:
-                wrong[row, random.choice(has)] = True
-        self.given = np.where(wrong, 1 - true, true).astype(np.int8)
-        return wrong
-
-
-def shares(score: torch.Tensor, wrong: np.ndarray, count: int) -> tuple[float, float]:
-    """(precision, recall) of the ``count`` highest scores."""
-    top = score.reshape(-1).topk(count).indices.numpy()
-    hits = wrong.reshape(-1)[top].sum()
-    return hits / count, hits / wrong.sum()
+def hits(score: np.ndarray, wrong: np.ndarray, count: int) -> tuple[float, float, float]:
+    """(precision, recall, mean score) of the ``count`` highest scores."""
+    top = np.argsort(-score, axis=None, kind="stable")[:count]
+    found = wrong.reshape(-1)[top].sum()
+    return found / count, found / wrong.sum(), score.reshape(-1)[top].mean()
 
 
 def main() -> None:
@@ -56,36 +45,39 @@ def main() -> None:
     options = parser.parse_args()
     store = EmbeddingStore.open(options.store)
     spec = [part for part in options.features.split(",") if part]
-    material = Flipped(store, spec, device="cpu")
+    material = Material(store, spec, device="cpu")
     print(f"{options.store}: {len(material.labelled):,} labelled, {', '.join(material.features)}")
+    true = store.labels.multi_hot(material.rows[material.labelled])
     lines = []
     for seed in range(options.seeds):
-        wrong = material.flip(seed)
+        given, wrong = flip(true, store.task, np.random.default_rng([seed, 1]))
         start = time.perf_counter()
-        found = judge(material, lambda *_: None, targets=material.given)
-        assert isinstance(found, Judged)
+        found = judge(material, lambda *_: None, targets=given)
+        assert found is not None, "too few labelled samples"
         seconds = time.perf_counter() - start
-        score = found.wrong()
-        given = torch.from_numpy(material.given) == 1
+        score = ranked(found)
         if store.task == "multilabel":
-            line = [*shares(score, wrong, int(wrong.sum()))]
-            for mask in (~given, given):
-                there = wrong & mask.numpy()
-                line += shares(score.masked_fill(~mask, -1), there, max(1, int(there.sum())))
+            line = [*hits(score, wrong, int(wrong.sum()))]
+            for there in (given == 0, given == 1):
+                of_kind = wrong & there
+                count = max(1, int(of_kind.sum()))
+                line += hits(np.where(there, score, -1), of_kind, count)
         else:
-            there = (wrong & (material.given == 1)).any(1)
-            own = score.masked_fill(~given, 0).sum(1)
-            line = [*shares(own, there, int(there.sum()))]
+            there = wrong & (given == 1)
+            line = [*hits(score, there, int(there.sum()))]
         lines.append([*line, seconds])
         print(f"seed {seed}: {_told(lines[-1])}")
     print(f"mean:   {_told(np.mean(lines, 0).tolist())}")
 
 
 def _told(line: list[float]) -> str:
-    names = ["precision", "recall", "missing precision", "recall", "extra precision", "recall"]
     *values, seconds = line
-    pairs = [f"{name} {value:.3f}" for name, value in zip(names, values, strict=False)]
-    return f"{', '.join(pairs)}, {seconds:.1f} s"
+    parts = []
+    for kind, (precision, recall, mean) in zip(
+        ("all", "missing", "extra"), zip(*[iter(values)] * 3, strict=True), strict=False
+    ):
+        parts.append(f"{kind} precision {precision:.3f} recall {recall:.3f} score {mean:.3f}")
+    return f"{', '.join(parts)}, {seconds:.1f} s"
 
 
 if __name__ == "__main__":

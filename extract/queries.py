@@ -13,7 +13,7 @@ from mmc.extract.images import ImageError, decode, read_image
 from mmc.extract.label_text import embed_texts, load_like
 from mmc.extract.settings import pick_device
 from mmc.store import EmbeddingStore
-from mmc.store.errors import InputError, RowsNotDoneError
+from mmc.store.errors import InputError
 from mmc.store.neighbors import vector_features
 
 Kind = Literal["auto", "id", "image", "text"]
@@ -47,8 +47,9 @@ def embed_query(
 
     Args:
         query: an id of the store, else a file, else a text, unless ``kind`` says which.
-        feature: what is searched; default: a picture and a sample are compared with pictures, a
-            text with the pictures of a backbone that reads both, else with texts.
+        feature: what is searched; default: a picture and a sample are compared with pictures (a
+            sample without one with what it has), a text with the pictures of a backbone that reads
+            both, else with texts.
         device: where the backbone of a picture or a text runs, as ``--device`` takes it.
 
     Raises:
@@ -59,12 +60,12 @@ def embed_query(
     if kind in ("auto", "id"):
         row = pc.index(store.column("id"), query).as_py()
         if row >= 0 and store.live[row]:
-            return _of_row(store, row, query, feature or _default(store, ("image", "text", "")))
+            return _of_row(store, row, query, feature)
         if kind == "id":
             raise InputError(f"{store.path} has no sample {query!r}")
     path = Path(query)
     if kind == "image" or (kind == "auto" and _is_picture(path)):
-        return _of_image(store, path, feature or _default(store, ("image",)), device)
+        return _of_image(store, path, feature or _default(store, "image")[0], device)
     return _of_text(store, query, feature or _default_for_text(store), device)
 
 
@@ -78,32 +79,36 @@ def _is_picture(path: Path) -> bool:
         return False
 
 
-def _default(store: EmbeddingStore, fields: tuple[str, ...]) -> str:
-    """The first vector of one of these fields ("": any), the earlier fields first."""
+def _default(store: EmbeddingStore, *fields: str) -> list[str]:
+    """The vectors of these fields ("": any), the earlier fields first.
+
+    Raises:
+        InputError: there are none.
+    """
     found = vector_features(store)
-    for field in fields:
-        for name in found:
-            if not field or name.endswith(f"/{field}"):
-                return name
-    raise InputError(
-        f"{store.path} has no {fields[0]} vectors to search"
-        + (f"; it has {', '.join(found)}: choose with --features" if found else "")
-    )
+    named = [name for field in fields for name in found if not field or name.endswith(f"/{field}")]
+    if not named:
+        raise InputError(
+            f"{store.path} has no {fields[0] or 'pooled'} vectors to search"
+            + (f"; it has {', '.join(found)}: choose with --features" if found else "")
+        )
+    return list(dict.fromkeys(named))
 
 
 def _default_for_text(store: EmbeddingStore) -> str:
     """Pictures of a backbone that has both towers, else texts."""
     found = vector_features(store)
     both = [f for f in found if f.endswith("/image") and f"{f.split('/')[0]}/text" in found]
-    return both[0] if both else _default(store, ("text",))
+    return both[0] if both else _default(store, "text")[0]
 
 
-def _of_row(store: EmbeddingStore, row: int, query: str, feature: str) -> Query:
-    try:
-        vector = store[feature].take([row])[0].astype(np.float32)
-    except RowsNotDoneError:
-        raise InputError(f"sample {query!r} has no {feature}; run `mmc extract`") from None
-    return Query(kind="id", feature=feature, vector=vector, row=row)
+def _of_row(store: EmbeddingStore, row: int, query: str, feature: str | None) -> Query:
+    candidates = [feature] if feature is not None else _default(store, "image", "text", "")
+    for name in candidates:
+        if store[name].done[row]:
+            vector = store[name].take([row])[0].astype(np.float32)
+            return Query(kind="id", feature=name, vector=vector, row=row)
+    raise InputError(f"sample {query!r} has no {' nor '.join(candidates)}; run `mmc extract`")
 
 
 def _of_image(store: EmbeddingStore, path: Path, feature: str, device: str) -> Query:

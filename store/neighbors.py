@@ -31,6 +31,7 @@ Kind = Literal["auto", "flat", "ivf", "hnsw"]
 Vectors = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
 Say = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
 
 FLAT_ROWS = 50_000
 """Up to here every vector is compared: building an index would take longer than some searches."""
@@ -75,8 +76,8 @@ class NeighborIndex:
         self.rows, self.record = rows, record
         """Rows of the store that can be found, ascending int64 (n,)."""
         self._feature = feature
+        _set_effort(index, record.kind, record.effort)  # which a copy on a GPU takes over
         self._index = _on_gpu(index, record.kind)
-        _set_effort(self._index, record.kind, record.effort)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -137,6 +138,7 @@ def open_index(
     *,
     kind: Kind = "auto",
     report: Say = lambda line: None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> NeighborIndex:
     """The index of ``feature``: the one in the store if it is of today's samples, or a new one.
 
@@ -146,6 +148,7 @@ def open_index(
             follows a graph: quickest for single queries, slowest to make. ``auto``: flat up to
             50,000 samples, then ivf.
         report: told a line where an index is made.
+        progress: told (stage, samples done, all of them) then.
 
     Raises:
         InputError: no such feature, not one vector per sample, or no sample has it.
@@ -176,13 +179,14 @@ def open_index(
         index = faiss.IndexFlatIP(stored.shape[1])
         for block in _blocks(stored, rows):
             index.add(block)
+            progress("read embeddings", index.ntotal, len(rows))
         return NeighborIndex(stored, rows, index, asked)
     kept = _read(store.files, asked)
     if kept is not None:
         return NeighborIndex(stored, rows, *kept)
     report(f"making an {kind} index of {len(rows):,} x {feature} (once; it is kept in the store)")
-    index = _build(stored, rows, kind)
-    effort, recall = _tune(index, kind, stored, rows)
+    index = _build(stored, rows, kind, progress)
+    effort, recall = _tune(index, kind, stored, rows, progress)
     record = replace(asked, effort=effort, recall=round(recall, 4))
     try:
         _write(store.files, index, record)
@@ -226,7 +230,7 @@ def _unit(vectors: npt.NDArray[Any]) -> Vectors:
     return exact
 
 
-def _build(feature: Feature, rows: Rows, kind: str) -> Any:
+def _build(feature: Feature, rows: Rows, kind: str, progress: Progress) -> Any:
     """An index that holds the vectors in float16, which costs no recall to speak of."""
     width = feature.shape[1]
     index: Any
@@ -243,16 +247,25 @@ def _build(feature: Feature, rows: Rows, kind: str) -> Any:
     index.train(np.concatenate(list(_blocks(feature, some))))
     for block in _blocks(feature, rows):
         index.add(block)
+        progress("index", index.ntotal, len(rows))
     return index
 
 
-def _tune(index: Any, kind: str, feature: Feature, rows: Rows) -> tuple[int, float]:
+def _tune(
+    index: Any, kind: str, feature: Feature, rows: Rows, progress: Progress
+) -> tuple[int, float]:
     """The least effort that finds enough of the truth, and how much that is."""
     queries = np.concatenate(list(_blocks(feature, _spread(rows, SAMPLE))))
     k = min(MEASURED_K + 1, len(rows))
-    _, truth = knn_ground_truth(
-        queries, _blocks(feature, rows), k, metric_type=faiss.METRIC_INNER_PRODUCT, ngpu=0
-    )
+
+    def told() -> Iterator[Vectors]:
+        done = 0
+        for block in _blocks(feature, rows):
+            yield block
+            done += len(block)
+            progress("measure the index", done, len(rows))
+
+    _, truth = knn_ground_truth(queries, told(), k, metric_type=faiss.METRIC_INNER_PRODUCT, ngpu=0)
     most = index.nlist if kind == "ivf" else 1024
     effort, recall = 1 if kind == "ivf" else 16, 0.0
     while True:
@@ -297,7 +310,10 @@ def _write(files: Files, index: Any, record: IndexRecord) -> None:
     index_key, record_key = _keys(record)
     files.remove(record_key)
     files.write(index_key, [data])
-    record = replace(record, crc32c=google_crc32c.value(data.tobytes()))
+    checksum = 0
+    for start in range(0, len(data), BLOCK_BYTES):  # a gigabyte is not copied in one piece
+        checksum = google_crc32c.extend(checksum, data[start : start + BLOCK_BYTES].tobytes())
+    record = replace(record, crc32c=checksum)
     files.write(record_key, [json.dumps(asdict(record), indent=2).encode()])
 
 

@@ -1,20 +1,26 @@
 """`mmc labels`: what a store's labels and neighbours tell, as files in one folder."""
 
-from collections.abc import Callable
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mmc.heads.labels import duplicates, nearest, outliers, persample, suspects, tolabel
-from mmc.heads.labels.around import around
+from mmc.heads.labels.around import around, shares
 from mmc.heads.labels.graphfiles import graph_json, graphml, label_graph
 from mmc.heads.labels.material import Material, Progress
 from mmc.heads.labels.options import LabelsConfig
-from mmc.heads.labels.page import Findings, page
+from mmc.heads.labels.page import GROUP_SAMPLES, GROUPS, Findings, Thumbnail, page
 from mmc.heads.labels.tables import separator, write_table
 from mmc.heads.labels.unseen import RunView
 from mmc.heads.runfiles import write_atomic
-from mmc.store.errors import InputError
+from mmc.store.errors import InputError, MmcError
 
 if TYPE_CHECKING:
     from mmc.heads.artifact import Run
@@ -44,6 +50,8 @@ class LabelsReport:
     features: list[str]
     suspects: dict[str, int]
     """missing, extra, wrong -> how many are listed."""
+    evidence: dict[str, int]
+    """What labels were judged by -> labelled samples; see suspects.csv."""
     disagreeing_labels: list[str]
     """Labels whose views have no near label in common."""
     duplicates: dict[str, dict[str, Any]]
@@ -57,10 +65,12 @@ class LabelsReport:
     def __str__(self) -> str:
         """A line per finding."""
         listed = [f"{count:,} {kind}" for kind, count in self.suspects.items() if count]
+        judged = ", ".join(f"{kind} of {count:,}" for kind, count in self.evidence.items())
+        by = f"; by {judged} samples" if judged else ""
         lines = [
             f"samples     {self.samples:,}, {self.labelled:,} labelled, by "
             f"{' + '.join(self.features)}",
-            f"suspects    {', '.join(listed) or 'none'}",
+            f"suspects    {', '.join(listed) or 'none'}{by}",
         ]
         for kind, found in self.duplicates.items():
             near = f", cosine {found['threshold']:.4f} or more" if found["threshold"] else ""
@@ -90,10 +100,16 @@ def analyse_labels(
     config: LabelsConfig | None = None,
     *,
     run: "Run | None" = None,
+    thumbnail: Thumbnail | None = None,
     report: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda stage, done, total: None,
 ) -> LabelsReport:
     """Write the tables, the label graph and the page into the folder ``out``.
+
+    All files are made in a folder beside it first, and appear there together in the end.
+
+    Args:
+        thumbnail: small JPEG of a row of the store; None: no pictures on the page.
 
     Raises:
         InputError: features or a run that do not go with the store, or ``out`` holds other files.
@@ -103,64 +119,111 @@ def analyse_labels(
     folder = _folder(out)
     joined = separator(store.label_set)
     material = Material(store, config.features, run=run, device=config.device)
-    view = None if run is None else RunView(run, material, progress)
-    near = around(material, progress, report)
-    views = nearest.label_views(material, progress)
-    judged = suspects.judge(material, progress, view)
-    doubtful = (
-        []
-        if judged is None
-        else suspects.suspects(material, judged, config.limit, near=near, view=view)
-    )
-    groups = [duplicates.exact_groups(material, content) for content in ("image", "text")]
-    groups += [duplicates.near_groups(material, by, config.near) for by in near]
-    by_label = nearest.nearest_labels(material, views)
-    next_ones = tolabel.to_label(material, judged, view, config.limit, progress)
-    far = outliers.outliers(material, config.limit, progress)
-    made = label_graph(material, views, run)
-    same = duplicates.duplicate_rows(material, groups)
-
-    folder.mkdir(parents=True, exist_ok=True)
-    tables = {
-        "nearest_labels.csv": (nearest.COLUMNS, by_label),
-        "samples.csv": (
-            persample.COLUMNS,
-            persample.samples(material, near, views, view, progress),
-        ),
-        "suspects.csv": (suspects.COLUMNS, doubtful),
-        "duplicates.csv": (duplicates.COLUMNS, same),
-        "to_label.csv": (tolabel.COLUMNS, next_ones),
-        "outliers.csv": (outliers.COLUMNS, far),
-    }
-    for name, (columns, rows) in tables.items():
-        write_table(folder / name, columns, rows, joined)
-    write_atomic(folder / "label_graph.graphml", graphml(made))
-    write_atomic(folder / "label_graph.json", graph_json(made))
-    found = LabelsReport(
-        out=folder,
-        samples=len(material),
-        labelled=len(material.labelled),
-        labels=len(store.label_set),
-        features=list(material.features),
-        suspects={kind: sum(r["kind"] == kind for r in doubtful) for kind in suspects.KINDS},
-        disagreeing_labels=list(dict.fromkeys(r["label"] for r in by_label if r["disagree"])),
-        duplicates={group.kind: _told(material, group) for group in groups},
-        to_label=len(next_ones),
-        outliers=len(far),
-        graph={"labels": made.number_of_nodes(), "edges": made.number_of_edges()},
-        files=list(FILES),
-    )
-    findings = Findings(
-        report=found,
-        nearest=by_label,
-        suspects=doubtful,
-        duplicates=same,
-        to_label=next_ones,
-        outliers=far,
-        views=views,
-    )
-    write_atomic(folder / "index.html", page(material, findings).encode())
+    with _appearing(folder) as beside:
+        view = None if run is None else RunView(run, material, progress)
+        near = around(material, progress, report)
+        views = nearest.label_views(material, progress)
+        judged = suspects.judge(material, progress, view)
+        doubtful = (
+            []
+            if judged is None
+            else suspects.suspects(
+                material,
+                judged,
+                config.limit,
+                votes=lambda places: shares(material, [by.of(places) for by in near]),
+                view=view,
+            )
+        )
+        groups = [duplicates.exact_groups(material, content) for content in ("image", "text")]
+        groups += [duplicates.near_groups(material, by, config.near) for by in near]
+        by_label = nearest.nearest_labels(material, views)
+        next_ones = tolabel.to_label(material, judged, view, config.limit, progress)
+        far = outliers.outliers(material, config.limit, progress)
+        made = label_graph(material, views, run)
+        tables = {
+            "nearest_labels.csv": (nearest.COLUMNS, by_label),
+            "samples.csv": (
+                persample.COLUMNS,
+                persample.samples(material, near, views, view, progress),
+            ),
+            "suspects.csv": (suspects.COLUMNS, doubtful),
+            "duplicates.csv": (
+                duplicates.COLUMNS,
+                duplicates.duplicate_rows(material, groups),
+            ),
+            "to_label.csv": (tolabel.COLUMNS, next_ones),
+            "outliers.csv": (outliers.COLUMNS, far),
+        }
+        for name, (columns, rows) in tables.items():
+            write_table(beside / name, columns, rows, joined)
+        write_atomic(beside / "label_graph.graphml", graphml(made))
+        write_atomic(beside / "label_graph.json", graph_json(made))
+        found = LabelsReport(
+            out=folder,
+            samples=len(material),
+            labelled=len(material.labelled),
+            labels=len(store.label_set),
+            features=list(material.features),
+            suspects={kind: sum(r["kind"] == kind for r in doubtful) for kind in suspects.KINDS},
+            evidence=_evidence(judged),
+            disagreeing_labels=list(dict.fromkeys(r["label"] for r in by_label if r["disagree"])),
+            duplicates={group.kind: _told(material, group) for group in groups},
+            to_label=len(next_ones),
+            outliers=sum(row["score"] >= outliers.FLOOR for row in far),
+            graph={"labels": made.number_of_nodes(), "edges": made.number_of_edges()},
+            files=list(FILES),
+        )
+        findings = Findings(
+            report=found,
+            nearest=by_label,
+            suspects=doubtful,
+            duplicates=_shown(duplicates.duplicate_rows(material, groups)),
+            to_label=next_ones,
+            outliers=far,
+            views=views,
+        )
+        text = page(material, findings, thumbnail)
+        write_atomic(beside / "index.html", text.encode("utf-8", "backslashreplace"))
     return found
+
+
+def _shown(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first samples of the first groups."""
+    groups = itertools.groupby(rows, lambda row: row["group"])
+    return [
+        row
+        for _, members in itertools.islice(groups, GROUPS)
+        for row in itertools.islice(members, GROUP_SAMPLES)
+    ]
+
+
+def _evidence(judged: suspects.Judged | None) -> dict[str, int]:
+    if judged is None:
+        return {}
+    kinds, counts = np.unique(judged.evidence, return_counts=True)
+    return dict(zip(kinds.tolist(), counts.tolist(), strict=True))
+
+
+@contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """A new folder beside ``folder``, whose files move there in the end; gone if that fails.
+
+    It is made at once, so that a place that cannot be written is known before any work.
+    """
+    beside = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        folder.mkdir(exist_ok=True)
+        for name in FILES:
+            (beside / name).replace(folder / name)
+    except OSError as error:
+        raise MmcError(
+            f"cannot write {folder}: {error.strerror or error}; make room or rights, then go on"
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _told(material: Material, groups: duplicates.Groups) -> dict[str, Any]:

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from mmc.heads.batches import raw_blocks
 from mmc.heads.labels.exact import ExactSearch
 from mmc.heads.labels.material import Ints, Material, Progress
 from mmc.store.neighbors import FLAT_ROWS, Say, open_index
@@ -26,7 +28,7 @@ LEAST_TOLD = 1e-4
 
 @dataclass(frozen=True)
 class Around:
-    """The nearest other samples by one feature."""
+    """The nearest other samples by one feature: of all of a material, or of some."""
 
     feature: str
     places: npt.NDArray[np.int32]
@@ -34,10 +36,37 @@ class Around:
     cosines: npt.NDArray[np.float32]
     """(n, k), NaN there."""
 
+    def of(self, places: Ints) -> "Around":
+        """Those of some samples, where this is of all."""
+        return Around(self.feature, self.places[places], self.cosines[places])
+
 
 def around(material: Material, progress: Progress, report: Say) -> list[Around]:
     """The `K` nearest of every sample, by each feature of the material."""
     return [_of_feature(material, name, progress, report) for name in material.features]
+
+
+def around_some(material: Material, places: Ints) -> list[Around]:
+    """As `around`, of some samples: exact whatever the size, in one pass over each feature."""
+    return [_of_some(material, name, places) for name in material.features]
+
+
+def _of_some(material: Material, feature: str, places: Ints) -> Around:
+    stored = torch.from_numpy(material.store[feature].take(material.rows[places]))
+    queries = F.normalize(stored.to(material.device).float(), dim=1)
+    own = torch.from_numpy(places).to(material.device)
+    near = torch.full((len(places), K), -torch.inf, device=material.device)
+    found = torch.full((len(places), K), -1, device=material.device)
+    roles = {feature: feature}
+    for first, batch in raw_blocks(material.store, roles, material.rows, material.device):
+        cosines = queries @ F.normalize(batch[feature], dim=1).T
+        numbers = torch.arange(first, first + cosines.shape[1], device=material.device)
+        cosines[numbers == own[:, None]] = -torch.inf
+        near, best = torch.cat([near, cosines], 1).topk(K, dim=1)
+        found = torch.cat([found, numbers.expand(len(places), -1)], 1).gather(1, best)
+    found[near.isinf()] = -1
+    near[near.isinf()] = torch.nan
+    return Around(feature, found.cpu().numpy().astype(np.int32), near.cpu().numpy())
 
 
 def _of_feature(material: Material, feature: str, progress: Progress, report: Say) -> Around:
@@ -46,8 +75,10 @@ def _of_feature(material: Material, feature: str, progress: Progress, report: Sa
     cosines = np.full((n, K), np.nan, np.float32)
     stage = f"neighbours by {feature}"
     if n <= FLAT_ROWS:
-        vectors = torch.from_numpy(material.store[feature].take(material.rows).astype(np.float32))
-        search = ExactSearch(vectors.to(material.device))
+        vectors = torch.from_numpy(material.store[feature].take(material.rows))
+        vectors = vectors.to(material.device).float()
+        material.check_finite(feature, vectors)
+        search = ExactSearch(vectors)
         k = min(K, n - 1)
         for start in range(0, n if k else 0, BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, n)
@@ -58,7 +89,7 @@ def _of_feature(material: Material, feature: str, progress: Progress, report: Sa
             )
             progress(stage, stop, n)
         return Around(feature, places, cosines)
-    index = open_index(material.store, feature, report=report)
+    index = open_index(material.store, feature, report=report, progress=progress)
     for start in range(0, n, BLOCK_ROWS):
         rows, values = index.of_rows(material.rows[start : start + BLOCK_ROWS], K)
         at = np.searchsorted(material.rows, rows).clip(max=n - 1)
@@ -78,18 +109,19 @@ def _others(found: Tensor, near: Tensor, own: Tensor) -> tuple[Ints, npt.NDArray
     return found[~mine].reshape(shape).numpy(), near[~mine].reshape(shape).numpy()
 
 
-def shares(material: Material, found: list[Around], places: Ints) -> npt.NDArray[np.float32]:
-    """float32 (b, C): how much of a sample's labelled neighbours has each label.
+def shares(material: Material, found: list[Around]) -> npt.NDArray[np.float32]:
+    """float32 (b, C): how much of the labelled neighbours of b samples has each label.
 
     Neighbours count by their cosine, those by each feature alike; NaN where none is labelled, or
     none knows the label.
     """
-    votes = np.zeros((len(places), len(material.label_set)), np.float32)
+    count = len(found[0].places)
+    votes = np.zeros((count, len(material.label_set)), np.float32)
     lost = np.zeros_like(votes) if len(material.labels.unknown_indices) else None
-    weight = np.zeros(len(places), np.float32)
+    weight = np.zeros(count, np.float32)
     labels = material.labels
     for by in found:
-        near, cosines = by.places[places], np.nan_to_num(by.cosines[places]).clip(1e-6)
+        near, cosines = by.places, np.nan_to_num(by.cosines).clip(1e-6)
         usable = (near >= 0) & labels.known[near]
         cosines = np.where(usable, cosines, 0)
         # A feature whose cosines are all near 1 must not outweigh another.

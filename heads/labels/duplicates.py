@@ -3,8 +3,8 @@
 Legend: n samples, k neighbours.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ COLUMNS = (
     "image",
     "text",
 )
+GROUPS_AT_ONCE = 4096
 THRESHOLD_ROWS = 5000
 """Samples, evenly spaced, that the distance of random ones is measured on."""
 
@@ -45,8 +46,8 @@ class Groups:
     members: list[Ints]
     """Places of each group, ascending; two or more."""
     threshold: float | None = None
-    cosines: dict[int, float] = field(default_factory=dict)
-    """Place -> cosine to the nearest other of its group; empty for exact ones."""
+    cosines: npt.NDArray[np.float32] | None = None
+    """(n,) to the nearest other of its group; None for exact ones."""
 
 
 def exact_groups(material: Material, content: str) -> Groups:
@@ -68,10 +69,9 @@ def near_groups(material: Material, by: Around, threshold: float | None = None) 
     _, group = connected_components(links, directed=False)
     linked = np.zeros(n, bool)
     linked[one] = linked[by.places[one, column]] = True
-    cosines: dict[int, float] = {}
-    for a, b, value in zip(one, by.places[one, column], by.cosines[one, column], strict=True):
-        for place in (int(a), int(b)):
-            cosines[place] = max(cosines.get(place, -1.0), float(value))
+    cosines = np.full(n, -1, np.float32)
+    for side in (one, by.places[one, column]):
+        np.maximum.at(cosines, side, by.cosines[one, column])
     found = _collected(group, linked)
     contents = TOWER_CONTENT[material.store[by.feature].tower]
     keys = [_codes(material, content) for content in contents]
@@ -92,7 +92,7 @@ def leaks(material: Material, members: Ints) -> bool:
     return bool(train.any() and not train.all())
 
 
-def duplicate_rows(material: Material, found: Sequence[Groups]) -> list[dict[str, Any]]:
+def duplicate_rows(material: Material, found: Sequence[Groups]) -> Iterator[dict[str, Any]]:
     """Rows of `duplicates.csv`: leaking groups first, then exact ones, then large ones."""
     listed = [(groups, members) for groups in found for members in groups.members]
     listed.sort(
@@ -103,29 +103,28 @@ def duplicate_rows(material: Material, found: Sequence[Groups]) -> list[dict[str
             int(item[1][0]),
         )
     )
-    rows = []
-    for number, (groups, members) in enumerate(listed, 1):
-        columns = {name: material.column(name, members) for name in ("id", "image", "text")}
-        names = [material.names(int(place)) for place in members]
-        differ = int(_differ(material, members))
-        for at, place in enumerate(members.tolist()):
-            rows.append(
-                {
+    for first in range(0, len(listed), GROUPS_AT_ONCE):
+        part = listed[first : first + GROUPS_AT_ONCE]
+        places = np.concatenate([members for _, members in part])
+        columns = {name: iter(material.column(name, places)) for name in ("id", "image", "text")}
+        for number, (groups, members) in enumerate(part, first + 1):
+            names = [material.names(place) for place in members.tolist()]
+            differ, leak = int(_differ(material, members)), int(leaks(material, members))
+            for at, place in enumerate(members.tolist()):
+                yield {
                     "group": number,
                     "kind": groups.kind,
                     "size": len(members),
-                    "leak": int(leaks(material, members)),
+                    "leak": leak,
                     "labels_differ": differ,
-                    "cosine": groups.cosines.get(place),
-                    "id": columns["id"][at],
+                    "cosine": None if groups.cosines is None else float(groups.cosines[place]),
+                    "id": next(columns["id"]),
                     "split": material.split[place],
                     "labels": names[at],
-                    "image": columns["image"][at],
-                    "text": columns["text"][at],
-                    "_place": place,
+                    "image": next(columns["image"]),
+                    "text": next(columns["text"]),
+                    "_row": int(material.rows[place]),
                 }
-            )
-    return rows
 
 
 def _differ(material: Material, members: Ints) -> bool:

@@ -2,10 +2,12 @@
 
 import io
 import json
+import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import networkx as nx
+import numpy as np
 
 from mmc.heads.labels.material import Material
 from mmc.heads.labels.nearest import Views
@@ -21,52 +23,68 @@ def label_graph(material: Material, views: Views, run: "Run | None" = None) -> "
     """Nodes are labels, with their number of samples; an edge leads from the label that is heard
     to the one that hears it, with the weight it has there.
 
-    Settings are those of the run where its head is `gat`, else the head's defaults. What is missing
-    to 1 in the weights that lead to a label is the label's own.
+    Where the run's head is `gat` these are its own edges and labels, else those that the head would
+    build from the samples by default. What is missing to 1 in the weights that lead to a label is
+    the label's own.
     """
-    config = GATConfig()
+    config, names = GATConfig(), tuple(material.label_set)
     if run is not None and run.head == "gat":
-        config = build(GATConfig, run.head_config, where="head gat")
-    texts = views.texts
-    if texts is not None and (bool(texts.isnan().any()) or config.nodes == "learned"):
-        texts = None
-    found = graph.build(
-        views.together,
-        None if texts is None else texts.numpy(),
-        len(material.label_set),
-        neighbors=config.neighbors,
-        text_neighbors=config.text_neighbors,
-        threshold=config.threshold,
-        share=config.neighbor_share,
-    )
-    names = material.label_set
+        config, names = build(GATConfig, run.head_config, where="head gat"), run.label_set
+        neighbors, weights = run.state["neighbors"], run.state["edge_weights"]
+    else:
+        texts = views.texts
+        if texts is not None and bool(texts.isnan().any()):
+            texts = None
+        found = graph.build(
+            views.together,
+            None if texts is None else texts.numpy(),
+            len(names),
+            neighbors=config.neighbors,
+            text_neighbors=config.text_neighbors,
+            threshold=config.threshold,
+            share=config.neighbor_share,
+        )
+        neighbors, weights = found.neighbors, found.weights
+    place = {name: index for index, name in enumerate(material.label_set)}
+    own = [place.get(name) for name in names]
     made: nx.DiGraph[str] = nx.DiGraph(
         **{key: value for key, value in asdict(config).items() if key in SETTINGS}
     )
-    for index, name in enumerate(names):
-        made.add_node(name, samples=int(views.counts[index]))
-    for index, (others, weights) in enumerate(
-        zip(found.neighbors.tolist(), found.weights.tolist(), strict=True)
+    for index, name in zip(own, names, strict=True):
+        made.add_node(name, samples=0 if index is None else int(views.counts[index]))
+    to, column = (neighbors >= 0).nonzero(as_tuple=True)
+    others = neighbors[to, column].tolist()
+    together = _together(views, [own[i] for i in to.tolist()], [own[j] for j in others])
+    for label, other, weight, samples in zip(
+        to.tolist(), others, weights[to, column].tolist(), together, strict=True
     ):
-        for other, weight in zip(others, weights, strict=True):
-            if other >= 0:
-                made.add_edge(
-                    names[other],
-                    names[index],
-                    weight=round(weight, 6),
-                    samples=int(views.pairs[index, other]),
-                )
+        made.add_edge(names[other], names[label], weight=round(weight, 6), samples=samples)
     return made
 
 
+def _together(views: Views, ours: list[int | None], theirs: list[int | None]) -> list[int]:
+    """How many samples have both of each pair; 0 where the store lacks one."""
+    known = [None not in pair for pair in zip(ours, theirs, strict=True)]
+    some, other = (np.array([x or 0 for x in side], np.int64) for side in (ours, theirs))
+    counts = np.asarray(views.pairs[some, other]).ravel() if len(some) else np.zeros(0)
+    return np.where(known, counts, 0).astype(np.int64).tolist()
+
+
+NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 SETTINGS = ("neighbors", "text_neighbors", "threshold", "neighbor_share")
 """Of the gat head, that decide the graph; they are the graph's attributes."""
 
 
 def graphml(made: "nx.DiGraph[str]") -> bytes:
-    """As GraphML: Gephi, yEd, Cytoscape, igraph and networkx read it."""
+    """As GraphML: Gephi, yEd, Cytoscape, igraph and networkx read it.
+
+    Characters of label names that XML cannot hold are written as ``\\x00``.
+    """
+    strange = {
+        n: NOT_XML.sub(lambda c: f"\\x{ord(c[0]):02x}", n) for n in made if NOT_XML.search(n)
+    }
     out = io.BytesIO()
-    nx.write_graphml_xml(made, out)
+    nx.write_graphml_xml(nx.relabel_nodes(made, strange) if strange else made, out)
     return out.getvalue()
 
 

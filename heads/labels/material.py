@@ -113,35 +113,58 @@ class Material:
         return inside if len(inside) else self.labelled
 
     def vectors(
-        self, places: Ints | None = None, progress: Callable[[int, int], None] | None = None
+        self,
+        places: Ints | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        centred: bool = True,
     ) -> Iterator[tuple[int, Tensor]]:
-        """(first, float32 (b, D)) of ascending ``places``, on the device.
+        """(first, float32 (b, D)) of ascending ``places``, on the device, of length 1.
 
-        Each feature has unit length around its mean; together they have length 1.
+        Each feature has unit length around its mean, and all count alike. Not ``centred``: around
+        zero, and a feature counts the more the nearer any two samples are by it, so that a product
+        is the mean of their cosines on a common scale.
         """
         rows = self.rows if places is None else self.rows[places]
         centre = self._means()
+        share = {name: 1 / len(centre) for name in centre}
+        if not centred:
+            near = {name: 1 / max(1 - float(c.square().sum()), 1e-6) for name, c in centre.items()}
+            share = {name: value / sum(near.values()) for name, value in near.items()}
         for first, batch in raw_blocks(self.store, self._roles(), rows, self.device):
             size = len(next(iter(batch.values())))
+            for name, values in batch.items():
+                self.check_finite(name, values)
             for i in range(0, size, BLOCK_ROWS):
-                parts = [
-                    F.normalize(F.normalize(values[i : i + BLOCK_ROWS], dim=1) - centre[name])
-                    for name, values in batch.items()
-                ]
-                yield first + i, torch.cat(parts, 1) / len(parts) ** 0.5
+                parts = []
+                for name, values in batch.items():
+                    unit = F.normalize(values[i : i + BLOCK_ROWS], dim=1)
+                    if centred:
+                        unit = F.normalize(unit - centre[name])
+                    parts.append(unit * share[name] ** 0.5)
+                yield first + i, parts[0] if len(parts) == 1 else torch.cat(parts, 1)
                 if progress:
                     progress(first + i + len(parts[0]), len(rows))
 
-    def gather(self, places: Ints) -> Tensor:
+    def gather(self, places: Ints, *, centred: bool = True) -> Tensor:
         """As `vectors`, in one piece; for some thousands of samples at most."""
         order = np.argsort(places, kind="stable")
         out: Tensor | None = None
-        for first, block in self.vectors(places[order]):
+        for first, block in self.vectors(places[order], centred=centred):
             if out is None:
                 out = block.new_empty(len(places), block.shape[1])
             out[torch.from_numpy(order[first : first + len(block)]).to(out.device)] = block
         assert out is not None, "no places"
         return out
+
+    def check_finite(self, feature: str, values: Tensor) -> None:
+        """Raise InputError where an embedding is NaN or infinite: it has no cosine to anything."""
+        bad = int((~values.isfinite()).any(1).sum())
+        if bad:
+            raise InputError(
+                f"{feature} of {self.store.path} has {bad:,} embeddings that are not finite; make "
+                "it again, or leave it out with --features"
+            )
 
     def column(self, name: str, places: Ints) -> list[str]:
         """A text column of the store, "" for null."""
@@ -163,6 +186,7 @@ class Material:
             total: dict[str, Tensor] = {}
             for _, batch in raw_blocks(self.store, self._roles(), some, self.device):
                 for name, values in batch.items():
+                    self.check_finite(name, values)
                     found = F.normalize(values, dim=1).double().sum(0)
                     total[name] = total[name] + found if name in total else found
             self._centre = {name: (value / len(some)).float() for name, value in total.items()}

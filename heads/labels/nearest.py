@@ -124,26 +124,35 @@ def nearest_labels(material: Material, views: Views) -> list[dict[str, Any]]:
         if material.store.task == "multilabel"
         else {},
     }
-    rows = []
+    rows: list[dict[str, Any]] = []
     for label in range(size):
         lists = {name: found[label] for name, found in by_view.items() if found.get(label)}
         common = (
             set.intersection(*({j for j, _ in near} for near in lists.values())) if lists else set()
         )
-        for view, near in lists.items():
-            for rank, (other, value) in enumerate(near, 1):
-                rows.append(
-                    {
-                        "label": material.label_set[label],
-                        "view": view,
-                        "rank": rank,
-                        "nearest": material.label_set[other],
-                        "value": value,
-                        "lift": lift(views, label, other),
-                        "samples": int(views.pairs[label, other]),
-                        "disagree": int(len(lists) > 1 and not common),
-                    }
-                )
+        rows += [
+            {
+                "label": label,
+                "view": view,
+                "rank": rank,
+                "nearest": other,
+                "value": value,
+                "disagree": int(len(lists) > 1 and not common),
+            }
+            for view, near in lists.items()
+            for rank, (other, value) in enumerate(near, 1)
+        ]
+    ours, theirs = (np.array([row[key] for row in rows], np.int64) for key in ("label", "nearest"))
+    none = np.zeros(0)
+    both = np.asarray(views.pairs[ours, theirs]).ravel() if rows else none
+    lost = np.asarray(views.lost[ours, theirs]).ravel() if rows else none
+    share = views.counts[theirs] / np.maximum(views.known[theirs], 1)
+    expected = (views.counts[ours] - lost) * share
+    for row, samples, chance in zip(rows, both.tolist(), expected.tolist(), strict=True):
+        row["samples"] = int(samples)
+        row["lift"] = samples / chance if chance else None
+        row["label"] = material.label_set[row["label"]]
+        row["nearest"] = material.label_set[row["nearest"]]
     return rows
 
 
@@ -183,11 +192,17 @@ def _by_cosine(
 def _by_cooccurrence(views: Views, most: int) -> dict[int, Sequence[tuple[int, float]]]:
     """The likeliest of each label's companions that it has more often than by chance."""
     result: dict[int, Sequence[tuple[int, float]]] = {}
-    for label in range(len(views.counts)):
+    counts, share = views.counts, views.counts / np.maximum(views.known, 1)
+    for label in range(len(counts)):
         start, stop = views.together.indptr[label : label + 2]
-        pairs = zip(
-            views.together.indices[start:stop], views.together.data[start:stop], strict=True
-        )
-        likely = [(int(j), float(p)) for j, p in pairs if (lift(views, label, int(j)) or 0) > 1]
-        result[label] = sorted(likely, key=lambda pair: (-pair[1], pair[0]))[:most]
+        others, p = views.together.indices[start:stop], views.together.data[start:stop]
+        lost = np.zeros(len(counts))
+        first, last = views.lost.indptr[label : label + 2]
+        lost[views.lost.indices[first:last]] = views.lost.data[first:last]
+        there = counts[label] - lost[others]
+        # p is a count over that of the label and one; by chance it would be the other's share.
+        often = p * (there + 1) > there * share[others]
+        others, p = others[often], p[often]
+        order = np.lexsort((others, -p))[:most]
+        result[label] = list(zip(others[order].tolist(), p[order].tolist(), strict=True))
     return result

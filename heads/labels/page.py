@@ -1,16 +1,22 @@
 """`index.html`: what `mmc labels` found, on one page that needs no network and no script."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import base64
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING, Any
 
+from mmc.heads.labels.flips import SHARE
 from mmc.heads.labels.material import Material
 from mmc.heads.labels.nearest import VIEWS, Views, lift, present
-from mmc.heads.labels.thumbnails import Thumbnails
+from mmc.heads.labels.outliers import FLOOR
+from mmc.heads.report.markup import esc
+from mmc.store.errors import MmcError
 
 if TYPE_CHECKING:
     from mmc.heads.labels.analysis import LabelsReport
+
+Thumbnail = Callable[[int], bytes]
+"""Row of the store -> a small JPEG; raises MmcError with a reason where there is none."""
 
 PICTURES = 60
 """Embedded in the page at most."""
@@ -23,12 +29,19 @@ NEAREST_LABELS = 200
 TEXT = 160
 """Characters of a text that are shown."""
 
+SCORE = (
+    "Score: how likely the label is wrong, if of 100 samples "
+    f"{100 * SHARE:.0f} have a wrong label, or as many fewer as are seen; measured by flipping "
+    "labels on purpose. It is rather too high than too low."
+)
+
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; --mark: #b45309; }
+:root { color-scheme: light dark; --line: #8884; --soft: #565d66; --mark: #b45309; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 1rem; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
 nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1rem; list-style: none; padding: 0; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; } .soft, caption { color: var(--soft); }
+.wide:focus-visible, a:focus-visible { outline: 3px solid #2563eb; outline-offset: 2px; }
 table { border-collapse: collapse; font-size: .9rem; }
 caption { text-align: left; padding: .4rem 0; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: left;
@@ -42,8 +55,9 @@ img { display: block; max-width: 96px; max-height: 96px; }
 .group { display: flex; flex-wrap: wrap; gap: 1rem; border-bottom: 1px solid var(--line);
   padding: .6rem 0; }
 .group > div { max-width: 15rem; } .group p { margin: .1rem 0; font-size: .85rem; }
-@media (prefers-color-scheme: dark) { :root { --mark: #fbbf24; } }
-@media print { nav { display: none; } h2 { break-after: avoid; } tr { break-inside: avoid; } }
+@media (prefers-color-scheme: dark) { :root { --mark: #fbbf24; --soft: #a5adb6; } }
+@media print { :root { color-scheme: light; --soft: #565d66; --mark: #b45309; }
+  nav { display: none; } h2 { break-after: avoid; } tr { break-inside: avoid; } }
 """
 
 
@@ -55,6 +69,7 @@ class Findings:
     nearest: list[dict[str, Any]]
     suspects: list[dict[str, Any]]
     duplicates: list[dict[str, Any]]
+    """The first of the first groups."""
     to_label: list[dict[str, Any]]
     outliers: list[dict[str, Any]]
     views: Views
@@ -63,36 +78,35 @@ class Findings:
 class _Pictures:
     """Thumbnails as long as there are any left to spend."""
 
-    def __init__(self, material: Material) -> None:
-        self._thumbnails, self._rows, self._left = (
-            Thumbnails(material.store),
-            material.rows,
-            PICTURES,
-        )
+    def __init__(self, thumbnail: Thumbnail | None) -> None:
+        self._thumbnail, self._left = thumbnail, PICTURES
 
     def html(self, row: Mapping[str, Any]) -> str:
-        if self._left <= 0:
+        if self._thumbnail is None or self._left <= 0 or not row["image"]:
             return ""
-        data = self._thumbnails.of(int(self._rows[row["_place"]]))
-        if data is None:
-            return ""
+        try:
+            data = self._thumbnail(row["_row"])
+        except MmcError as error:
+            return f'<span class="soft">no picture: {esc(str(error))}</span>'
         self._left -= 1
-        return f'<img src="{data}" alt="picture of {escape(row["id"], quote=True)}">'
+        shown = base64.b64encode(data).decode()
+        alt = f"Picture of sample {row['id']}"
+        return f'<img src="data:image/jpeg;base64,{shown}" alt="{esc(alt)}">'
 
 
-def page(material: Material, found: Findings) -> str:
+def page(material: Material, found: Findings, thumbnail: Thumbnail | None = None) -> str:
     """The page as HTML."""
-    pictures = _Pictures(material)
+    pictures = _Pictures(thumbnail)
     sections = [
         ("suspects", "Labels that may be wrong", _suspects(found.suspects, pictures)),
         ("nearest", "Nearest labels", _nearest(found.nearest)),
         ("together", "Labels that occur together", _heat(material, found.views)),
-        ("duplicates", "Duplicates", _duplicates(found.duplicates, pictures)),
+        ("duplicates", "Duplicates", _duplicates(found, pictures)),
         ("to-label", "What to label next", _to_label(found.to_label, pictures)),
         ("outliers", "Outliers", _outliers(found.outliers, pictures)),
         ("files", "Files", _files(found.report.files)),
     ]
-    where = escape(material.store.path.rstrip("/").rsplit("/", 1)[-1])
+    where = esc(material.store.path.rstrip("/").rsplit("/", 1)[-1])
     links = "".join(f'<li><a href="#{key}">{title}</a></li>' for key, title, _ in sections)
     body = "".join(
         f'<section aria-labelledby="{key}"><h2 id="{key}">{title}</h2>{content}</section>'
@@ -109,7 +123,7 @@ def page(material: Material, found: Findings) -> str:
 
 
 def _summary(report: "LabelsReport") -> str:
-    features = ", ".join(map(escape, report.features))
+    features = ", ".join(map(esc, report.features))
     return (
         f"{report.samples:,} samples, {report.labelled:,} of them labelled, {report.labels:,} "
         f"labels; compared by {features}."
@@ -122,27 +136,32 @@ def _suspects(rows: list[dict[str, Any]], pictures: _Pictures) -> str:
     words = {"missing": "add", "extra": "remove", "wrong": "change"}
     lines = []
     for row in rows[:SUSPECTS]:
-        advice = f"{words[row['kind']]} <b>{escape(row['label'])}</b>"
+        advice = f"{words[row['kind']]} <b>{esc(row['label'])}</b>"
         if row["suggested"]:
-            advice += f" to <b>{escape(row['suggested'])}</b>"
+            advice += f" to <b>{esc(row['suggested'])}</b>"
         lines.append(
             [
                 pictures.html(row),
                 _sample(row),
                 advice,
                 _number(row["score"]),
+                _number(row["probability"]),
                 _number(row["neighbors"]),
                 _number(row["run"]),
                 _labels(row["labels"]),
+                esc(row["evidence"]),
             ]
         )
-    heads = ["Picture", "Sample", "Consider", "Score", "Neighbours", "Run", "Labels given"]
+    heads = [
+        *("Picture", "Sample", "Consider", "Score", "Probability", "Neighbours", "Run"),
+        *("Labels given", "Judged by"),
+    ]
     note = (
-        "The likeliest first. Score: probability that the label is not as given. Neighbours: share "
-        "of the nearest samples that have the label. Run: its probability, where it did not train "
+        f"The likeliest first. {SCORE} Probability: of the label itself. Neighbours: share of the "
+        "nearest samples that have it. Run: its probability by the run, where that did not train "
         f"on the sample. All {len(rows):,} are in suspects.csv."
     )
-    return _table(note, heads, lines, numbers={3, 4, 5})
+    return _table("Labels that may be wrong", note, heads, lines, numbers={3, 4, 5, 6})
 
 
 def _nearest(rows: list[dict[str, Any]]) -> str:
@@ -151,11 +170,11 @@ def _nearest(rows: list[dict[str, Any]]) -> str:
     by_label: dict[str, dict[str, list[str]]] = {}
     differ = {row["label"] for row in rows if row["disagree"]}
     for row in rows:
-        near = f"{escape(row['nearest'])} {row['value']:.2f}"
+        near = f"{esc(row['nearest'])} {row['value']:.2f}"
         by_label.setdefault(row["label"], {}).setdefault(row["view"], []).append(near)
     lines = [
         [
-            escape(label),
+            esc(label),
             *("<br>".join(views.get(view, [])) for view in VIEWS),
             '<span class="differ">differ</span>' if label in differ else "",
         ]
@@ -166,7 +185,7 @@ def _nearest(rows: list[dict[str, Any]]) -> str:
         "probability of another label given this one. Marked where no label is near in every view."
     )
     heads = ["Label", "By text", "By samples", "By occurring together", "Views"]
-    return _table(note, heads, lines, first_is_header=True)
+    return _table("Nearest labels", note, heads, lines, first_is_header=True)
 
 
 def _heat(material: Material, views: Views) -> str:
@@ -174,7 +193,7 @@ def _heat(material: Material, views: Views) -> str:
         return "<p>Only samples with several labels have labels that occur together.</p>"
     shown = (-views.counts).argsort(kind="stable")[:HEAT_LABELS]
     shown = shown[views.counts[shown] > 0]
-    names = [escape(material.label_set[label]) for label in shown]
+    names = [esc(material.label_set[label]) for label in shown]
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
     lines = []
     for label, name in zip(shown, names, strict=True):
@@ -193,34 +212,35 @@ def _heat(material: Material, views: Views) -> str:
             )
         lines.append(f'<tr><th scope="row">{name}</th>{"".join(cells)}</tr>')
     return (
-        '<div class="wide"><table class="heat"><caption>Of 100 samples with the label of the row, '
+        '<div class="wide" tabindex="0" role="region" aria-label="Labels that occur together">'
+        '<table class="heat"><caption>Of 100 samples with the label of the row, '
         f"how many have that of the column, too. The {len(shown)} most frequent labels."
         f"</caption><thead><tr><td></td>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
         "</div>"
     )
 
 
-def _duplicates(rows: list[dict[str, Any]], pictures: _Pictures) -> str:
-    if not rows:
+def _duplicates(found: Findings, pictures: _Pictures) -> str:
+    if not found.duplicates:
         return "<p>No sample is the same as another, or nearly.</p>"
     groups: dict[int, list[dict[str, Any]]] = {}
-    for row in rows:
+    for row in found.duplicates:
         groups.setdefault(row["group"], []).append(row)
+    count = sum(told["groups"] for told in found.report.duplicates.values())
     parts = [
-        f"<p>Groups across train and another split first. All {len(groups):,} are in "
-        "duplicates.csv.</p>"
+        f"<p>Groups across train and another split first. All {count:,} are in duplicates.csv.</p>"
     ]
-    for members in list(groups.values())[:GROUPS]:
+    for members in groups.values():
         first = members[0]
-        notes = [f"{first['size']} samples, same {escape(first['kind'])}"]
+        notes = [f"{first['size']} samples, same {esc(first['kind'])}"]
         if first["kind"].startswith("near"):
-            notes = [f"{first['size']} samples, {escape(first['kind'])}"]
+            notes = [f"{first['size']} samples, {esc(first['kind'])}"]
         notes += ['<span class="differ">leak</span>'] if first["leak"] else []
         notes += ['<span class="differ">labels differ</span>'] if first["labels_differ"] else []
         cells = "".join(
-            f"<div>{pictures.html(row)}{_sample(row)}<p>{escape(row['split'])}: "
+            f"<div>{pictures.html(row)}{_sample(row)}<p>{esc(row['split'])}: "
             f"{_labels(row['labels'])}</p></div>"
-            for row in members[:GROUP_SAMPLES]
+            for row in members
         )
         parts.append(f'<div class="group"><div><p>{"<br>".join(notes)}</p></div>{cells}</div>')
     return "".join(parts)
@@ -235,7 +255,7 @@ def _to_label(rows: list[dict[str, Any]], pictures: _Pictures) -> str:
             _sample(row),
             _number(row["uncertainty"]),
             _number(row["distance"]),
-            escape(row["likely"] or ""),
+            esc(row["likely"] or ""),
             _number(row["probability"]),
         ]
         for row in rows[:OTHERS]
@@ -245,17 +265,17 @@ def _to_label(rows: list[dict[str, Any]], pictures: _Pictures) -> str:
         "In this order: unsure ones that are unlike those labelled and those before. The first "
         f"{len(rows):,} are in to_label.csv."
     )
-    return _table(note, heads, lines, numbers={2, 3, 5})
+    return _table("What to label next", note, heads, lines, numbers={2, 3, 5})
 
 
 def _outliers(rows: list[dict[str, Any]], pictures: _Pictures) -> str:
     if not rows:
-        return "<p>No sample is far from all others of its label.</p>"
+        return "<p>There are too few samples to compare.</p>"
     lines = [
         [
             pictures.html(row),
             _sample(row),
-            escape(row["label"]) or "any",
+            esc(row["label"]) or "any",
             _number(row["score"]),
             _number(row["cosine"]),
             _number(row["usual"]),
@@ -264,10 +284,11 @@ def _outliers(rows: list[dict[str, Any]], pictures: _Pictures) -> str:
     ]
     heads = ["Picture", "Sample", "Label", "Score", "Cosine", "Usual cosine"]
     note = (
-        "The cosine to the nearest other sample of the label, and how many deviations it is below "
-        f"what is usual there. All {len(rows):,} are in outliers.csv."
+        "The mean cosine to the nearest tenth of the label's samples, and how many deviations "
+        f"(score) it is below what is usual there; {FLOOR:.0f} and more is an outlier. All "
+        f"{len(rows):,} are in outliers.csv."
     )
-    return _table(note, heads, lines, numbers={3, 4, 5})
+    return _table("Outliers", note, heads, lines, numbers={3, 4, 5})
 
 
 def _files(names: Iterable[str]) -> str:
@@ -278,6 +299,7 @@ def _files(names: Iterable[str]) -> str:
 
 
 def _table(
+    title: str,
     note: str,
     heads: Sequence[str],
     lines: Sequence[Sequence[str]],
@@ -296,7 +318,8 @@ def _table(
             cells[0] = f'<th scope="row">{line[0]}</th>'
         body.append(f"<tr>{''.join(cells)}</tr>")
     return (
-        f'<div class="wide"><table><caption>{note}</caption><thead><tr>{head}</tr></thead>'
+        f'<div class="wide" tabindex="0" role="region" aria-label="{title}"><table>'
+        f"<caption>{note}</caption><thead><tr>{head}</tr></thead>"
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 
@@ -304,13 +327,13 @@ def _table(
 def _sample(row: Mapping[str, Any]) -> str:
     text = " ".join(row["text"].split())
     text = text if len(text) <= TEXT else text[: TEXT - 1] + "…"
-    return f'<span class="id">{escape(row["id"])}</span><br>{escape(text)}'
+    return f'<span class="id">{esc(row["id"])}</span><br>{esc(text)}'
 
 
 def _labels(names: list[str] | None) -> str:
     if names is None:
         return "not labelled"
-    return escape(", ".join(names)) or "none"
+    return esc(", ".join(names)) or "none"
 
 
 def _number(value: float | None) -> str:

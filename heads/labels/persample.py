@@ -42,7 +42,7 @@ def samples(
     step = max(1, BLOCK_CELLS // max(len(names), 1))
     for start in range(0, len(material), step):
         places = np.arange(start, min(start + step, len(material)))
-        votes = np.nan_to_num(shares(material, near, places))
+        votes = np.nan_to_num(shares(material, [by.of(places) for by in near]))
         voted = np.argsort(-votes, axis=1, kind="stable")[:, :NEAREST]
         texts = _texts(material, places, feature, views) if feature else None
         ids = material.column("id", places)

@@ -15,11 +15,11 @@ from mmc.heads.temperature import fit_temperature, probabilities
 
 MOST_LABELS = 4096
 """Beyond it the labels' errors are taken as independent: the matrix is C x C."""
-PLATT_ENTRIES = 1 << 24
+PLATT_ENTRIES = 1 << 22
 """Scores that the curves are fitted to, of evenly spaced samples."""
 PLATT_STEPS = 50
 BLOCK = 1 << 22
-LEAST = 1e-4
+LEAST = 1e-6
 """Probabilities stay this far from 0 and 1."""
 
 

@@ -28,7 +28,8 @@ BANDWIDTH = 0.25
 was best on every set tried."""
 PENALTIES = tuple(10 ** (e / 2) for e in range(-5, 7))
 """The one with the least error on left-out samples is taken."""
-CHOICE_ROWS = 8192
+CHOICE_ROWS, CHOICE_LABELS = 8192, 512
+"""Of so many samples and labels, evenly spaced."""
 SMALLEST = 1e-6
 """Directions of the landmarks' kernel with less than this share of the largest are dropped."""
 
@@ -58,7 +59,8 @@ class Ridge:
         out = torch.empty(len(self.places), self.mean.shape[0])
         for first, block in self._blocks("judge labels", self.places):
             y = self._labels(slice(first, first + len(block)))
-            out[first : first + len(block)] = self._left_out(block, y, self.penalty).cpu()
+            found = self._left_out(self._rotated(block), y, self.penalty)
+            out[first : first + len(block)] = found.cpu()
         return out
 
     def scores(self, places: Ints) -> Tensor:
@@ -109,15 +111,18 @@ class Ridge:
         self.rotation = vectors.float()
         self.projected = (vectors.T @ cross).float()
         some = spaced(np.arange(n), CHOICE_ROWS)
+        few = torch.from_numpy(spaced(np.arange(labels), CHOICE_LABELS)).to(self.material.device)
         errors = torch.zeros(len(PENALTIES), dtype=torch.float64)
         for first, block in self.material.vectors(self.places[some]):
-            y = self._labels(some[first : first + len(block)])
+            y = self._labels(some[first : first + len(block)])[:, few]
+            q = self._rotated(block)
             for place, penalty in enumerate(PENALTIES):
-                wrong = self._left_out(block, y, penalty) - y
+                wrong = self._left_out(q, y, penalty, few) - y
                 if self._means is not None:
-                    at = some[first : first + len(block)]
-                    wrong[torch.from_numpy(self._targets[at] < 0).to(wrong.device)] = 0
-                errors[place] += float(wrong.double().square().sum())
+                    given = self._targets[some[first : first + len(block)]]
+                    open_ones = torch.from_numpy(given < 0).to(wrong.device)
+                    wrong[open_ones[:, few]] = 0
+                errors[place] += float(wrong.square().sum())
         self.penalty = PENALTIES[int(errors.argmin())]
 
     def _labels(self, at: slice | Ints) -> Tensor:
@@ -130,11 +135,13 @@ class Ridge:
     def _solved(self, penalty: float) -> Tensor:
         return self.projected / (self.strength + penalty)[:, None]
 
-    def _left_out(self, block: Tensor, y: Tensor, penalty: float) -> Tensor:
-        q = self._rotated(block)
+    def _left_out(
+        self, q: Tensor, y: Tensor, penalty: float, labels: Tensor | slice = slice(None)
+    ) -> Tensor:
+        """(b, C) from what is `_rotated` and the labels of a block; of some of the labels."""
         leverage = (q.square() / (self.strength + penalty)).sum(1, keepdim=True)
         leverage = (leverage + 1 / len(self.places)).clamp(max=1 - 1e-4)
-        p = q @ self._solved(penalty) + self.mean
+        p = q @ self._solved(penalty)[:, labels] + self.mean[labels]
         return (p - leverage * y) / (1 - leverage)
 
     def _blocks(self, stage: str, places: Ints) -> Iterator[tuple[int, Tensor]]:

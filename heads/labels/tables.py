@@ -1,13 +1,11 @@
 """CSV files that pandas reads as they are: one header line, lists of labels joined."""
 
 import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmc.heads.formats import SEPARATORS
-from mmc.heads.runfiles import write_atomic
 from mmc.store.errors import InputError
 
 
@@ -36,14 +34,10 @@ def cell(value: Any, joined: str) -> str:
 
 def write_table(
     path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]], joined: str
-) -> int:
-    """Write ``columns`` of the rows, whole or not at all; how many rows."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    count = 0
-    for row in rows:
-        writer.writerow([cell(row[name], joined) for name in columns])
-        count += 1
-    write_atomic(path, text.getvalue().encode())
-    return count
+) -> None:
+    """Write ``columns`` of the rows into a new file, as they come."""
+    with path.open("x", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        for row in rows:
+            writer.writerow([cell(row[name], joined) for name in columns])

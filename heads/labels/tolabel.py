@@ -76,7 +76,7 @@ def to_label(
                 "probability": None if p is None else float(p[chosen[at], best]),
                 "image": columns["image"][at],
                 "text": columns["text"][at],
-                "_place": place,
+                "_row": int(material.rows[place]),
             }
         )
     return rows

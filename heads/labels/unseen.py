@@ -3,7 +3,7 @@
 Legend: n samples, C labels.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,17 +22,22 @@ if TYPE_CHECKING:
 
 JOIN_ENTRIES = 1 << 20
 """Decisions that the weights of the join are fitted to."""
-LEAST = 1e-4
+LEAST = 1e-6
 
 
 class RunView:
     """A run's answers for the samples of a material, in the order of the store's labels.
 
+    Args:
+        trained: whether it is asked about samples that trained it, too.
+
     Raises:
         InputError: the store has a label that the run does not know.
     """
 
-    def __init__(self, run: "Run", material: Material, progress: Progress) -> None:
+    def __init__(
+        self, run: "Run", material: Material, progress: Progress, *, trained: bool = True
+    ) -> None:
         run.check_labels(material.label_set, material.store.path)
         place = {label: index for index, label in enumerate(run.label_set)}
         self.columns = [place[label] for label in material.label_set]
@@ -42,23 +47,26 @@ class RunView:
         self.decisions = np.zeros((n, len(self.columns)), bool)
         predictor = Predictor(run, material.store, device=material.device)
         step = predictor.batch
-        for start in range(0, n, step):
-            rows = material.rows[start : start + step]
-            ok = predictor.done(rows)
-            logits = predictor.logits(rows[ok]).cpu()
+        asked = np.arange(n) if trained else np.flatnonzero(~material.train)
+        for start in range(0, len(asked), step):
+            part = asked[start : start + step]
+            part = part[predictor.done(material.rows[part])]
+            logits = predictor.logits(material.rows[part]).cpu()
             p = probabilities(logits, run.task, run.temperature)
-            places = torch.from_numpy(start + np.flatnonzero(ok))
+            places = torch.from_numpy(part)
             self.probabilities[places] = p[:, self.columns]
             self.decisions[places.numpy()] = decide(p, run.task, run.thresholds)[
                 :, self.columns
             ].numpy()
-            progress("ask the run", start + len(rows), n)
+            progress("ask the run", min(start + step, len(asked)), len(asked))
         self.unseen: Bools = ~material.train & ~self.probabilities[:, 0].isnan().numpy()
         """(n,) samples that did not train what the probabilities come from: those of other splits,
         and those that were held out of a fold."""
-        self._out_of_fold(run, material)
+        self.out_of_fold: Bools = np.zeros(n, bool)
+        """(n,) the latter."""
+        self._take_out_of_fold(run, material)
 
-    def _out_of_fold(self, run: "Run", material: Material) -> None:
+    def _take_out_of_fold(self, run: "Run", material: Material) -> None:
         """Take what was said of train and val samples by heads that had not seen them."""
         if run.path is None or not (run.path / OUT_OF_FOLD).exists():
             return
@@ -70,10 +78,12 @@ class RunView:
         p = held.probabilities[rows]
         self.probabilities[torch.from_numpy(places)] = p[:, self.columns]
         self.decisions[places] = decide(p, run.task, run.thresholds)[:, self.columns].numpy()
-        self.unseen[places] = True
+        self.unseen[places] = self.out_of_fold[places] = True
 
 
-def join(own: Tensor, run: Tensor, targets: Tensor, task: str) -> Tensor:
+def join(
+    own: Tensor, run: Tensor, targets: Tensor, task: str
+) -> tuple[Tensor, Literal["own", "run", "both"]]:
     """Two opinions as one: log odds weighted by what they proved worth on the labels given.
 
     Args:
@@ -81,7 +91,7 @@ def join(own: Tensor, run: Tensor, targets: Tensor, task: str) -> Tensor:
         targets: int8 (n, C) of 0 and 1, -1 where a label is not known.
 
     Returns:
-        float32 (n, C); ``own`` where the run adds nothing.
+        float32 (n, C), and what it is made of: one alone where the other adds nothing.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -90,16 +100,18 @@ def join(own: Tensor, run: Tensor, targets: Tensor, task: str) -> Tensor:
     known = y >= 0
     told = y[known].numpy()
     if not len(told) or told.min() == told.max():
-        return own
+        return own, "own"
     odds = (_log_odds(p[::stride]).ravel()[known] for p in (own, run))
     both = torch.stack([*odds], 1)
     fit = LogisticRegression(C=1.0).fit(both.double().numpy(), told)
     weights, bias = fit.coef_[0], float(fit.intercept_[0])
     if weights.min() <= 0:  # one of them is better alone
-        return own if weights[0] >= weights[1] else run.clamp(LEAST, 1 - LEAST)
+        if weights[0] >= weights[1]:
+            return own, "own"
+        return run.clamp(LEAST, 1 - LEAST), "run"
     joined = _log_odds(own) * float(weights[0]) + _log_odds(run) * float(weights[1]) + bias
     p = joined.sigmoid() if task == "multilabel" else joined.softmax(1)
-    return p.clamp(LEAST, 1 - LEAST)
+    return p.clamp(LEAST, 1 - LEAST), "both"
 
 
 def _log_odds(p: Tensor) -> Tensor:

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -92,37 +90,6 @@ def measure(run: Run, store: "EmbeddingStore", rows: Rows, split: str, device: s
         decisions=decide(p, run.task, run.thresholds),
         truth=truth,
         metrics=found,
-    )
-
-
-def out_of_fold(run: Run, store: "EmbeddingStore") -> Measured:
-    """What heads that had not seen them said of the run's train and val samples (``--folds``).
-
-    Samples that are gone from the store, or not labelled any more, are left out; the truth is what
-    the store says now. ``metrics`` is empty.
-
-    Raises:
-        InputError: the run was trained without folds.
-        MmcError: its file is damaged.
-    """
-    found = run.out_of_fold()
-    known_ids = store.column("id").combine_chunks().cast(pa.string())
-    rows = pc.index_in(found.ids, value_set=known_ids).fill_null(-1).to_numpy().astype(np.int64)
-    kept = (rows >= 0) & store.labels.known[rows]
-    rows, logits = rows[kept], found.logits[torch.from_numpy(kept)]
-    truth = aligned_targets(run, store, rows)
-    one = (truth >= 0).any(1)
-    if run.task != "multilabel":
-        one = task_targets(truth, run.task) >= 0
-    p = probabilities(logits[one], run.task, run.temperature)
-    return Measured(
-        split="train and val, out of fold",
-        rows=rows[one.numpy()],
-        logits=logits[one],
-        probabilities=p,
-        decisions=decide(p, run.task, run.thresholds),
-        truth=truth[one],
-        metrics={},
     )
 
 

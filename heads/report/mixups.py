@@ -3,22 +3,22 @@
 Legend: n rows, C labels.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from mmc.heads.artifact import Run
+from mmc.heads.labels.nearest import VIEWS
 from mmc.heads.report.markup import esc, folded, paragraph, row_head, section, table, text_cell
 from mmc.heads.report.measured import Measured
 
-if TYPE_CHECKING:
-    from mmc.store import EmbeddingStore
-
 MOST_CELLS, MOST_ROWS = 30, 120
 """Labels of a heat map, and of the table of near labels, at most."""
-DARK = 0.8
-"""Share from which a cell's text is white."""
+NEAREST = 3
+"""Near labels of each that are shown."""
+TITLES = {"text": "by text", "centroid": "by samples", "cooccurrence": "by occurring together"}
+DARK = 0.83
+"""Share above which a cell's text is white: there its contrast is the larger one, 4.6 at least."""
 
 
 def confusions(run: Run, measured: Measured) -> str:
@@ -113,50 +113,49 @@ def _heat(
     return table(caption, (corner, *(names[j] for j in kept)), body, css="heat")
 
 
-def near_labels(run: Run, store: "EmbeddingStore", measured: Measured) -> str:
-    """For each label its nearest by text, by occurring together and by being wrongly given."""
+def near_labels(run: Run, measured: Measured, nearest: list[dict[str, Any]]) -> str:
+    """For each label the nearest, as `mmc labels` finds them, and those wrongly given instead.
+
+    Args:
+        nearest: rows of nearest_labels.csv.
+    """
     names = run.label_set
-    if len(names) < 3:
+    views = [view for view in VIEWS if any(row["view"] == view for row in nearest)]
+    if not views:
         return ""
+    by_label: dict[str, dict[str, list[str]]] = {}
+    for row in nearest:
+        if row["rank"] <= NEAREST:
+            near = by_label.setdefault(row["label"], {}).setdefault(row["view"], [])
+            near.append(f"{row['nearest']} {row['value']:.2f}")
+    differ = {row["label"] for row in nearest if row["disagree"]}
     yes, chosen = (measured.truth == 1).float(), measured.decisions.float()
-    ways: list[tuple[str, int, Tensor]] = []
-    texts = _label_texts(run, store)
-    if texts is not None:
-        unit = torch.nn.functional.normalize(texts, dim=1)
-        ways.append(("nearest by their texts (cosine)", 2, unit @ unit.T))
-    if run.task == "multilabel":
-        both = yes.T @ yes
-        known = (measured.truth >= 0).float()
-        with_i = yes.T @ known  # of the rows that know the other label, too
-        union = with_i + with_i.T - both
-        ways.append(("occurs with (share of either)", 2, both / union.clamp(min=1)))
-    wrong = yes.T @ (chosen * (measured.truth == 0))
-    ways.append(("wrongly given to its samples (samples)", 0, wrong))
+    wrong = (yes.T @ (chosen * (measured.truth == 0))).fill_diagonal_(0)
     shown = yes.sum(0).argsort(descending=True, stable=True)[:MOST_ROWS].tolist()
     body = []
     for i in shown:
+        found = by_label.get(names[i], {})
         cells = [row_head(esc(names[i]))]
-        for _, digits, near in ways:
-            values = near[i].index_fill(0, torch.tensor(i), 0.0)
-            top = values.argsort(descending=True, stable=True)[:3].tolist()
-            nearest = [f"{names[j]} {float(values[j]):.{digits}f}" for j in top if values[j] > 0]
-            cells.append(text_cell(", ".join(nearest) or "–"))
+        cells += [text_cell(", ".join(found.get(view, [])) or "–") for view in views]
+        top = wrong[i].argsort(descending=True, stable=True)[:NEAREST].tolist()
+        given = [f"{names[j]} {wrong[i, j]:.0f}" for j in top if wrong[i, j] > 0]
+        cells.append(text_cell(", ".join(given) or "–"))
+        if differ:
+            cells.append(text_cell("differ" if names[i] in differ else ""))
         body.append(cells)
+    differing = ("views",) if differ else ()
+    header = ("label", *(TITLES[view] for view in views), "wrongly given (samples)", *differing)
     left = len(names) - len(shown)
-    header = ("label", *(way[0] for way in ways))
     return section(
         "near",
         "Labels that are near each other",
-        table("The three nearest of each label", header, body, css="words"),
+        paragraph(
+            "As mmc labels finds them: by the cosine of their texts, by the cosine of the mean "
+            "of their training samples, and by the probability of another label given this one. "
+            "They differ where no label is near by all of them. Wrongly given: what the run gave "
+            f"to samples of {measured.split} that have the label, and lack what was given.",
+            "soft",
+        ),
+        table(f"The {NEAREST} nearest of each label", header, body, css="words"),
         paragraph(f"The {len(shown)} most frequent labels.", "soft") if left else "",
     )
-
-
-def _label_texts(run: Run, store: "EmbeddingStore") -> Tensor | None:
-    """Embeddings of the label names (C, D) from a backbone that the run reads, if there are any."""
-    for alias in dict.fromkeys(name.split("/")[0] for name in run.resolve_features(store).values()):
-        found = store.label_text(alias)
-        if found is not None and set(run.label_set) <= set(found[0]):
-            place = {name: i for i, name in enumerate(found[0])}
-            return torch.from_numpy(found[1][[place[name] for name in run.label_set]]).float()
-    return None

@@ -13,13 +13,16 @@ import numpy as np
 
 from mmc.heads import splits
 from mmc.heads.artifact import Run
+from mmc.heads.labels.brief import Brief, brief
+from mmc.heads.labels.material import Progress
+from mmc.heads.labels.page import Thumbnail
 from mmc.heads.metrics import HEADLINE
 from mmc.heads.models import GROUP, HEADS
 from mmc.heads.predict import select_rows
 from mmc.heads.report import figures, fitting, mixups, origin, samples
 from mmc.heads.report.markup import esc, number, paragraph
-from mmc.heads.report.measured import Measured, intervals, measure, out_of_fold
-from mmc.heads.report.samples import Thumbnail
+from mmc.heads.report.measured import Measured, intervals, measure
+from mmc.heads.report.samples import SHOWN
 from mmc.heads.runfiles import write_atomic
 from mmc.store.errors import InputError
 from mmc.store.registry import load, lookup
@@ -80,6 +83,7 @@ def write_report(
     device: str = "auto",
     seed: int = 0,
     report: Callable[[str], None] = lambda line: None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> PageReport:
     """Write the page of ``run`` to the file ``out``, whole or not at all.
 
@@ -89,6 +93,7 @@ def write_report(
         thumbnail: small JPEG of a row; None: no pictures.
         seed: of the bootstrap.
         report: told what is being done.
+        progress: told (stage, done, total).
 
     Raises:
         InputError: no labelled samples there, or the store has other labels or features.
@@ -96,15 +101,11 @@ def write_report(
     path = Path(out)
     if path.is_dir():
         raise InputError(f"{path} is a folder; name a file to write")
-    parts = _measured(run, store, split, device, report)
-    main = parts[0]
+    main = _measured(run, store, split, device, report)
     report(f"drawing samples anew for the intervals ({len(main):,} samples)")
     found = intervals(main, run.task, seed=seed)
-    doubted = parts
-    if split is None and "folds" in run.search:
-        unseen = out_of_fold(run, store)  # which has the val samples too
-        doubted = [*(part for part in parts if part.split == "test"), unseen]
-    text = render(run, store, main, doubted, found, thumbnail=thumbnail, device=device)
+    looked = brief(store, run, SHOWN, device=device, progress=progress)
+    text = render(run, store, main, looked, found, thumbnail=thumbnail, device=device)
     data = text.encode("utf-8", "backslashreplace")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, data)
@@ -122,8 +123,8 @@ def write_report(
 
 def _measured(
     run: Run, store: "EmbeddingStore", split: str | None, device: str, report: Callable[[str], None]
-) -> list[Measured]:
-    """The rows that the page is about, then others that the run was not trained on."""
+) -> Measured:
+    """The rows that the page is about."""
     if run.task != store.task:
         raise InputError(f"{store.path} is {store.task} and the run {run.task}")
     run.check_labels(store.label_set, store.path)
@@ -137,29 +138,27 @@ def _measured(
         known = np.asarray(store.labels.known)[rows]
         done = np.logical_and.reduce([store[name].done[rows] for name in names])
         chosen = {"all splits" if split == "all" else split: rows[known & done]}
-    chosen = {name: rows for name, rows in chosen.items() if len(rows)}
-    parts = []
     for name, rows in chosen.items():
-        report(f"measuring {len(rows):,} samples of {name}")
-        parts.append(measure(run, store, rows, name, device))
-    parts = [part for part in parts if len(part)]
-    if not parts:
-        where = f"split {split}" if split else "its test and val splits"
-        raise InputError(f"{store.path} has no labelled samples with features in {where}")
-    return parts
+        if len(rows):
+            report(f"measuring {len(rows):,} samples of {name}")
+            measured = measure(run, store, rows, name, device)
+            if len(measured):
+                return measured
+    where = f"split {split}" if split else "its test and val splits"
+    raise InputError(f"{store.path} has no labelled samples with features in {where}")
 
 
 def render(
     run: Run,
     store: "EmbeddingStore",
     main: Measured,
-    doubted: list[Measured],
+    looked: Brief,
     found: dict[str, tuple[float, float]],
     *,
     thumbnail: Thumbnail | None,
     device: str,
 ) -> str:
-    """The page as text: on ``main``, with labels to look at again from ``doubted``."""
+    """The page as text: on ``main``, and what was ``looked`` at besides."""
     name = run.path.resolve().name if run.path else "run"
     shown = samples.album(store, thumbnail)
     body = [
@@ -169,8 +168,8 @@ def render(
         fitting.calibration(run, main),
         fitting.fields(run, store, main, device),
         samples.best_and_worst(run, main, shown),
-        samples.suspects(run, doubted, shown),
-        mixups.near_labels(run, store, main),
+        samples.suspects(looked, shown),
+        mixups.near_labels(run, main, looked.nearest),
         fitting.learning(run),
         origin.reproduce(run, store, main.split),
     ]

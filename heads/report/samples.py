@@ -1,25 +1,21 @@
 """The parts of a page that show samples: best and worst answers, and labels that may be wrong."""
 
 import base64
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from mmc.heads.artifact import Run
+from mmc.heads.labels.brief import Brief
+from mmc.heads.labels.page import SCORE, Thumbnail
 from mmc.heads.report.markup import esc, folded, number, paragraph, section
 from mmc.heads.report.measured import Measured, losses
 from mmc.store.errors import MmcError
 
 if TYPE_CHECKING:
     from mmc.store import EmbeddingStore
-
-Thumbnail = Callable[[int], bytes]
-"""Row of the store -> a small JPEG; raises MmcError with a reason where there is none."""
-
-Suspect = tuple[float, int, int, int]
-"""Doubt, which part, place in it, label."""
 
 SHOWN = 12
 """Samples of each kind."""
@@ -36,8 +32,8 @@ class Album:
     picture: Callable[[int], bytes | str] | None
     """Row -> a small JPEG, or why there is none; None: no pictures wanted."""
 
-    def card(self, row: int, tags: str, note: str) -> str:
-        """A sample as an item of a list; ``tags`` is markup."""
+    def card(self, row: int, tags: str, note: str, below: str = "") -> str:
+        """A sample as an item of a list; ``tags`` and ``below`` are markup."""
         sample = {name: column[row].as_py() for name, column in self.columns.items()}
         picture, kind = "", ' class="textonly"'
         if self.picture is not None and sample["image"] is not None:
@@ -55,7 +51,7 @@ class Album:
         said = f'<p class="text">{esc(text)}</p>' if text else ""
         return (
             f"<li{kind}>{picture}<div><b>{esc(sample['id'])}</b>"
-            f'<p class="soft">{esc(note)}</p></div><div>{tags}</div>{said}</li>'
+            f'<p class="soft">{esc(note)}</p></div><div>{tags}</div>{below}{said}</li>'
         )
 
 
@@ -124,86 +120,54 @@ def _tag(kind: str, label: str, p: float) -> str:
     )
 
 
-def suspects(run: Run, parts: Sequence[Measured], album: Album) -> str:
-    """Labels of the data that the run contradicts most, on rows that it was not trained on."""
-    missing: list[Suspect] = []
-    extra: list[Suspect] = []
-    for part, measured in enumerate(parts):
-        p, yes = measured.probabilities, measured.truth == 1
-        chosen, no = measured.decisions, measured.truth == 0
-        for found, wrong, doubt in (
-            (missing, chosen & no, p),
-            (extra, yes & ~chosen, 1 - p),
-        ):
-            places = wrong.nonzero()
-            doubts = doubt[wrong]
-            top = doubts.argsort(descending=True, stable=True)[: 4 * SHOWN]
-            for k in top.tolist():
-                place, label = places[k].tolist()
-                found.append((float(doubts[k]), part, place, label))
-    if run.task != "multilabel":
-        # One label per sample: what is missing is what is wrong, said once.
-        return _suspects_of_classes(run, parts, album, missing)
+def suspects(found: Brief, album: Album) -> str:
+    """Labels of the data that are likely wrong or missing, as `mmc labels` finds them."""
     kinds = (
-        ("Labels that may be missing", missing, "missing?"),
-        ("Labels that may be wrong", extra, "wrong?"),
+        ("missing", "Labels that may be missing", "add {label}?"),
+        ("extra", "Labels that may be wrong", "remove {label}?"),
+        ("wrong", "", "rather {suggested} than {label}?"),
     )
     blocks = []
-    for title, found, word in kinds:
-        cards = []
-        for _, part, place, label in sorted(found, key=lambda item: (-item[0], item[1:]))[:SHOWN]:
-            measured = parts[part]
-            given = float(measured.probabilities[place, label])
-            question = f"{word} {run.label_set[label]} {given:.2f}"
-            cards.append(_suspect(run, measured, place, album, question))
-        if cards:
-            blocks.append(f'<h3>{title}</h3><ul class="samples">{"".join(cards)}</ul>')
-    return _suspect_section(parts, blocks)
-
-
-def _suspects_of_classes(
-    run: Run, parts: Sequence[Measured], album: Album, found: list[Suspect]
-) -> str:
-    cards = []
-    for _, part, place, label in sorted(found, key=lambda item: (-item[0], item[1:]))[:SHOWN]:
-        measured = parts[part]
-        p = float(measured.probabilities[place, label])
-        question = f"rather {run.label_set[label]} {p:.2f}?"
-        cards.append(_suspect(run, measured, place, album, question))
-    return _suspect_section(parts, [f'<ul class="samples">{"".join(cards)}</ul>'] if cards else [])
-
-
-def _suspect(run: Run, measured: Measured, place: int, album: Album, question: str) -> str:
-    yes = (measured.truth[place] == 1).nonzero()[:, 0].tolist()
-    likely = measured.probabilities[place].topk(min(3, len(run.label_set)))
-    nearest = ", ".join(
-        f"{run.label_set[label]} {float(p):.2f}"
-        for p, label in zip(likely.values, likely.indices.tolist(), strict=True)
-    )
-    given = ", ".join(run.label_set[label] for label in yes[:TAGS]) or "none"
-    more = f" and {len(yes) - TAGS} more" if len(yes) > TAGS else ""
-    tags = (
-        f'<p class="extra">{esc(question)}</p>'
-        f'<p><span class="soft">labels:</span> {esc(given + more)}</p>'
-        f'<p><span class="soft">nearest:</span> {esc(nearest)}</p>'
-    )
-    return album.card(int(measured.rows[place]), tags, measured.split)
-
-
-def _suspect_section(parts: Sequence[Measured], blocks: list[str]) -> str:
-    where = " and ".join(measured.split for measured in parts)
-    unseen = all(measured.split in ("test", "val") for measured in parts)
-    whose = f"the run, which was not trained on {where}," if unseen else f"the run (on {where})"
+    for kind, title, question in kinds:
+        rows = [row for row in found.suspects if row["kind"] == kind][:SHOWN]
+        if rows:
+            cards = "".join(_suspect(row, question.format(**row), album) for row in rows)
+            head = f"<h3>{title}</h3>" if title else ""
+            blocks.append(f'{head}<ul class="samples">{cards}</ul>')
+    if not blocks:
+        why = found.without or "No label is doubted, or too few samples are labelled."
+        return section("suspects", "Labels to look at again", paragraph(why))
     return section(
         "suspects",
         "Labels to look at again",
         paragraph(
-            f"Where {whose} is surest that the data say something else: a mistake of the run or "
-            "of the labels. Nearest: its most probable labels.",
+            "As mmc labels finds them among all labelled samples, those of training too. The "
+            "probability of a label is by the other samples (leave-one-out), and by the run where "
+            f"it had not seen the sample (run, out-of-fold) if that adds anything. {SCORE}",
             "soft",
         ),
-        *(blocks or [paragraph("The run contradicts no label here.")]),
+        *blocks,
     )
+
+
+def _suspect(row: Mapping[str, Any], question: str, album: Album) -> str:
+    told = [f"{row['probability']:.2f} ({row['evidence']})"]
+    if row["neighbors"] is not None:
+        told.append(f"nearest samples {row['neighbors']:.2f}")
+    if row["run"] is not None:
+        told.append(f"run {row['run']:.2f}")
+    names = row["labels"] or []
+    given = ", ".join(names[:TAGS]) or "none"
+    more = f" and {len(names) - TAGS} more" if len(names) > TAGS else ""
+    tags = (
+        f'<p class="extra">{esc(question)}</p>'
+        f'<p><span class="soft">score:</span> {row["score"]:.2f}</p>'
+    )
+    below = (
+        f'<p class="below"><span class="soft">labels:</span> {esc(given + more)}<br>'
+        f'<span class="soft">{esc(row["label"])}:</span> {esc(", ".join(told))}</p>'
+    )
+    return album.card(row["_row"], tags, row["split"] or "no split", below)
 
 
 def album(store: "EmbeddingStore", thumbnail: Thumbnail | None) -> Album:

@@ -28,8 +28,10 @@ class Checked(HTMLParser):
         self.open: list[str] = []
         self.addresses: list[str] = []
         self.pictures = 0
+        self.tags: set[str] = set()
 
     def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
         found = dict(attrs)
         self.addresses += [found[key] for key in ("src", "href") if key in found]
         if tag == "img":
@@ -72,6 +74,9 @@ def test_what_is_written(analysed):
     assert {row["run_trained_on_it"] for row in samples if row["split"] == "train"} == {"1"}
     assert {row["run_trained_on_it"] for row in samples if row["split"] != "train"} == {"0"}
     assert {row["labelled"] for row in samples} == {"1"}
+    for row in read(analysed / "suspects.csv"):
+        assert 0 <= float(row["score"]) <= 1
+        assert row["evidence"] in ("leave-one-out", "leave-one-out + run", "run")
     assert {row["view"] for row in read(analysed / "nearest_labels.csv")} >= {"text", "centroid"}
     texts = [row for row in read(analysed / "duplicates.csv") if row["kind"] == "text"]
     assert {row["text"] for row in texts} == {"a bright day, outside", "a day\nlike others"}
@@ -116,6 +121,73 @@ def test_a_folder_with_other_content_is_left_alone(mmc, trained, tmp_path):
     result = mmc("labels", trained[0], "--out", tmp_path)
     assert result.code == 2
     assert "holds other content (notes.txt)" in result.error
+
+
+def test_nothing_is_left_of_what_did_not_end(mmc, trained, tmp_path, monkeypatch):
+    """Stopped late, and a disk that is full: what was there before stays whole."""
+    out = tmp_path / "deep" / "out"
+    first = mmc("labels", trained[0], "--out", out)
+    assert first.code == 0, first.err
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    from mmc.heads.labels import analysis
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(analysis, "page", stop)
+        assert mmc("labels", trained[0], "--out", out, "--limit", 1).code == 130
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(analysis, "write_table", full)
+        failed = mmc("labels", trained[0], "--out", out, "--limit", 1)
+    assert failed.code == 1
+    assert f"cannot write {out}: No space left on device" in failed.error
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_a_place_that_cannot_be_written_is_said_before_any_work(
+    mmc, trained, tmp_path, monkeypatch
+):
+    from mmc.heads.labels import analysis
+
+    monkeypatch.setattr(analysis, "around", None)  # would fail
+    (tmp_path / "file").write_text("")
+    result = mmc("labels", trained[0], "--out", tmp_path / "file" / "out")
+    assert result.code in (1, 2)
+    assert "cannot write" in result.error
+
+
+HOSTILE = (
+    "=cmd|' /C calc'!A0",
+    'say "hi",\nnewline',
+    "</script><script>alert(1)</script>",
+    "a\x00b",
+)
+
+
+def test_names_that_mean_something_elsewhere(mmc, tmp_path):
+    """Tables hold them as they are; the page shows them as text."""
+    vectors = [[1.0 + i % 4, i % 3, i % 5 + 0.1 * i] for i in range(40)]
+    store_of(
+        tmp_path / "s",
+        vectors,
+        [[i % 4, (i + i // 4) % 4] if i % 4 != (i + i // 4) % 4 else [i % 4] for i in range(40)],
+        HOSTILE,
+        text=[f"{HOSTILE[i % 3]} {i}" for i in range(40)],
+        text_key=[f"t{i}" for i in range(40)],
+    )
+    result = mmc("labels", tmp_path / "s", "--out", tmp_path / "out")
+    assert result.code == 0, result.err
+    page = check_page(tmp_path / "out" / "index.html")
+    assert "script" not in page.tags
+    near = read(tmp_path / "out" / "nearest_labels.csv")
+    assert {row["label"] for row in near} == set(HOSTILE)
+    assert read(tmp_path / "out" / "samples.csv")[2]["labels"].startswith(HOSTILE[2])
 
 
 @pytest.mark.parametrize("kind", ["unlabelled", "one label", "multiclass", "binary", "one sample"])

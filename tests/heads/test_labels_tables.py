@@ -8,11 +8,13 @@ import pytest
 import torch
 from labels_case import quiet, store_of
 
+from mmc.heads.artifact import Run
 from mmc.heads.labels import duplicates, nearest, outliers, tolabel
 from mmc.heads.labels.around import around
 from mmc.heads.labels.graphfiles import graph_json, graphml, label_graph
 from mmc.heads.labels.material import Material
 from mmc.heads.options import TrainConfig
+from mmc.heads.trainer import train
 from mmc.heads.training import Setup
 from mmc.store.errors import InputError
 
@@ -84,7 +86,7 @@ def test_duplicates_are_grouped_and_leaks_told(tmp_path):
     near = around(material, quiet, quiet)
     groups = [duplicates.exact_groups(material, "image")]
     groups += [duplicates.near_groups(material, by) for by in near]
-    rows = duplicates.duplicate_rows(material, groups)
+    rows = list(duplicates.duplicate_rows(material, groups))
     found = [(r["group"], r["kind"], r["id"], r["leak"], r["labels_differ"]) for r in rows]
     assert found == [
         (1, "near clip/image", "s10", 1, 1),
@@ -108,6 +110,30 @@ def test_the_samples_far_from_their_label_are_outliers(tmp_path):
     unlabelled = store_of(tmp_path / "none", vectors, [None] * 120, [], task="unlabelled")
     first = outliers.outliers(Material(unlabelled), 5, quiet)[0]
     assert (first["id"], first["label"]) == ("s7", "")
+
+
+def test_a_handful_of_outliers_that_are_alike_does_not_hide(tmp_path):
+    """Four samples of another kind, near each other, with labels of ours; and a label too few."""
+    vectors = clusters(2, 60)
+    vectors[[3, 5, 70, 71]] = np.eye(16)[9] + 0.01 * RANDOM.normal(size=(4, 16))
+    labels = [[i // 60] for i in range(120)]
+    labels[10] = [0, 2]
+    store = store_of(tmp_path / "store", vectors, labels, "abc")
+    rows = outliers.outliers(Material(store), 1000, quiet)
+    assert {row["id"] for row in rows[:4]} == {"s3", "s5", "s70", "s71"}
+    assert all(row["score"] >= outliers.FLOOR for row in rows[:4])
+    assert [row["score"] for row in rows] == sorted((r["score"] for r in rows), reverse=True)
+    # A sample that is far from one of its labels and near another is no outlier.
+    labels = [[0, 1] if i == 7 else [i // 60] for i in range(120)]
+    store = store_of(tmp_path / "both", vectors, labels, "ab")
+    assert "s7" not in {row["id"] for row in outliers.outliers(Material(store), 4, quiet)}
+    # Many labels are looked at a few at a time.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outliers, "REFERENCE_VALUES", 1)
+        again = outliers.outliers(Material(store), 4, quiet)
+    assert [row["id"] for row in again] == [
+        row["id"] for row in outliers.outliers(Material(store), 4, quiet)
+    ]
 
 
 def test_what_to_label_next_is_unsure_and_unlike(tmp_path):
@@ -159,6 +185,60 @@ def test_the_graph_is_that_of_the_gat_head(tmp_path):
     assert set(read.nodes) == set(names)
     loaded = nx.node_link_graph(json.loads(graph_json(made)), edges="edges")
     assert nx.utils.graphs_equal(loaded, made)
+
+
+def test_the_graph_of_a_trained_gat_is_its_own(tmp_path):
+    """Trained on half of the labels' samples with other settings; the store has a label more."""
+    names = ["cat", "dog", "owl", "sea", "sky"]
+    labels = [[[0, 1], [0], [1, 2, 3], [3], [3, 4]][i % 5] for i in range(60)]
+    split = [("train", "train", "val", "test")[i % 4] for i in range(60)]
+    vectors, text = RANDOM.normal(size=(60, 8)), RANDOM.normal(size=(5, 8))
+    store = store_of(tmp_path / "s", vectors, labels, names, split=split, label_text=text)
+    settings = ("head.neighbors=2", "head.neighbor_share=0.5", "head.text_neighbors=1")
+    config = TrainConfig(head="gat", epochs=1, settings=settings, device="cpu")
+    train(store, tmp_path / "run", config)
+    run = Run.load(tmp_path / "run")
+    head = run.build_head()
+    wanted = {
+        (names[other], names[label]): pytest.approx(float(weight), abs=1e-5)
+        for label in range(5)
+        for other, weight in zip(head.neighbors[label], head.edge_weights[label], strict=True)
+        if other >= 0
+    }
+    assert 0 < len(wanted) <= 10
+    material = Material(store, run=run)
+    made = label_graph(material, nearest.label_views(material, quiet), run)
+    assert {(a, b): w for a, b, w in made.edges(data="weight")} == wanted
+    assert made.graph["neighbor_share"] == 0.5
+    one = made.edges["cat", "dog"] if made.has_edge("cat", "dog") else None
+    assert one is None or one["samples"] == sum(
+        split[i] == "train" and labels[i] == [0, 1] for i in range(60)
+    )
+    other = store_of(tmp_path / "o", vectors, [[i % 2] for i in range(60)], names[:2], split=split)
+    smaller = Material(other)
+    again = label_graph(smaller, nearest.label_views(smaller, quiet), run)
+    assert {(a, b): w for a, b, w in again.edges(data="weight")} == wanted
+    assert again.nodes["owl"]["samples"] == 0
+
+
+def test_names_that_xml_cannot_hold(tmp_path):
+    names = ["a\x00b", 'say "<&>"', "line\nbreak", "=cmd"]
+    store = store_of(tmp_path / "s", RANDOM.normal(size=(12, 4)), [[0, 1, 2, 3]] * 12, names)
+    material = Material(store)
+    made = label_graph(material, nearest.label_views(material, quiet))
+    read = nx.parse_graphml(graphml(made).decode())
+    assert set(read.nodes) == {"a\\x00b", *names[1:]}
+    assert json.loads(graph_json(made))["nodes"][0]["id"] == names[0]
+
+
+def test_embeddings_that_are_not_finite_are_said(tmp_path):
+    vectors = RANDOM.normal(size=(20, 4))
+    vectors[3, 1] = np.nan
+    material = Material(store_of(tmp_path / "s", vectors, [[0]] * 20, ["a"]))
+    with pytest.raises(InputError, match=r"clip/image of .* has 1 embeddings that are not finite"):
+        around(material, quiet, quiet)
+    with pytest.raises(InputError, match="not finite"):
+        list(material.vectors())
 
 
 def test_features_must_be_there(make_store):

@@ -157,12 +157,14 @@ def test_an_unknown_label_is_no_suspect_and_says_nothing(tmp_path: Path) -> None
     judged = judge(material, quiet)
     assert judged is not None
     near = around(material, quiet, quiet)
-    found = suspects(material, judged, 50, near=near)
+    found = suspects(
+        material, judged, 50, votes=lambda places: shares(material, [by.of(places) for by in near])
+    )
     named = [(int(row["id"][1:]), row["label"]) for row in found]
     assert set(named) >= {(int(i), "c") for i in wrong}
     assert not any(lacking[i, "abc".index(label)] for i, label in named)
 
-    told = shares(material, near, np.arange(80))
+    told = shares(material, near)
     cosines, places = near[0].cosines, near[0].places
     for sample in (0, 17):
         weight = cosines[sample] * ~lacking[places[sample], 2]

@@ -1,5 +1,8 @@
 """The page of a run: figures against scikit-learn, markup that holds, hostile names, a browser."""
 
+import csv
+import html
+import itertools
 import re
 import shutil
 import subprocess
@@ -18,6 +21,8 @@ from PIL import Image
 from sklearn import metrics as reference
 
 from mmc.heads.bootstrap import drawn, resampled
+from mmc.heads.labels.analysis import analyse_labels
+from mmc.heads.labels.options import LabelsConfig
 from mmc.heads.report import samples
 from mmc.heads.report.charts import _ticks
 from mmc.heads.report.figures import precision_recall
@@ -26,7 +31,6 @@ from mmc.heads.report.measured import (
     counted,
     intervals,
     measure,
-    out_of_fold,
     reliability,
 )
 from mmc.heads.report.mixups import mix_ups
@@ -254,59 +258,59 @@ def test_thousands_of_labels_make_a_page_of_bounded_size(make_store, make_run, t
     found = metrics.evaluate(measured.logits, measured.truth, "multilabel", label_set=names)
     measured.metrics.update(found)
     parts = [figures.labels(run, measured), mixups.confusions(run, measured)]
-    parts.append(mixups.near_labels(run, store, measured))
+    near = [
+        {"label": a, "view": "text", "rank": 1, "nearest": b, "value": 0.5, "disagree": 0}
+        for a, b in itertools.pairwise(names)
+    ]
+    parts.append(mixups.near_labels(run, measured, near))
     assert "200 labels between the best and the last are left out" in parts[0]
     assert sum(map(len, parts)) < 1_000_000
 
 
-def test_flipped_labels_are_suspected(make_store, make_run):
-    store = make_store(n=400, failed=())
-    run = make_run(store)
-    measured = measure(run, store, store.rows(split="test", labelled=True), "test", "cpu")
-    truth = measured.truth.clone()
-    flipped = [(3, 0), (10, 1), (20, 2), (33, 3)]
-    for row, label in flipped:
-        truth[row, label] = 1 - truth[row, label]
-    changed_ = Measured(**{**vars(measured), "truth": truth})
-    text = samples.suspects(run, [changed_], samples.album(store, None))
-    cards = re.findall(r'<b>(s\d+)</b>.*?class="extra">(missing|wrong)\? ', text)
-    ids = store.column("id").to_pylist()
-    expected = {
-        (ids[measured.rows[row]], "wrong" if truth[row, label] else "missing")
-        for row, label in flipped
-    }
-    assert expected <= set(cards)
-    kinds = [next(i for i, card in enumerate(cards) if card == e) for e in expected]
-    assert len(kinds) == len(flipped)
-
-
-@pytest.mark.parametrize("task", ["multilabel", "multiclass"])
-def test_out_of_fold_predictions_are_doubted_too(task: str, make_store, make_run, tmp_path: Path):
-    from mmc.heads.search.outoffold import OutOfFold
-    from mmc.heads.splits import targets
-
-    store = make_store(task, n=120, failed=())
+@pytest.mark.parametrize("task", ["multilabel", "binary", "multiclass"])
+def test_suspects_and_nearest_labels_are_those_of_mmc_labels(
+    task: str, make_store, make_run, tmp_path: Path
+):
+    store = make_store(task, n=200, noise=0.8)
     run = make_run(store).save(tmp_path / "run")
-    run.search = {"folds": {}, "options": ["--lr", "0.1"]}
-    rows = np.concatenate([store.rows(split=split, labelled=True) for split in ("train", "val")])
-    logits = torch.full((len(rows), len(store.label_set)), -3.0)
-    ids = store.column("id").combine_chunks().take(pa.array(rows))
-    unseen = OutOfFold(
-        ids=pa.concat_arrays([ids, pa.array(["gone"])]),
-        fold=torch.zeros(len(rows) + 1, dtype=torch.int64),
-        logits=torch.cat([logits, logits[:1]]),
-        targets=torch.cat([targets(store, rows), targets(store, rows[:1])]),
-        task=task,
-    )
-    unseen.save(tmp_path / "run")
-    found = out_of_fold(run, store)
-    np.testing.assert_array_equal(found.rows, rows)
-    np.testing.assert_array_equal(found.truth.numpy(), store.labels.multi_hot(rows))
+    analyse_labels(store, tmp_path / "labels", LabelsConfig(device="cpu"), run=run)
     write_report(run, store, tmp_path / "r.html", device="cpu")
-    text = (tmp_path / "r.html").read_text()
-    assert "(on test and train and val, out of fold)" in text
-    assert 'class="soft">train and val, out of fold</p>' in text
-    assert commands(run, "s", "test").splitlines()[1].endswith("--lr 0.1")
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+
+    def table(name: str) -> list[dict[str, str]]:
+        with (tmp_path / "labels" / name).open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    part = text.split('id="suspects"')[1].split("</section>")[0]
+    cards = re.findall(r"<b>(s\d+)</b>.*?>score:</span> ([\d.]+)</p>", part)
+    expected = [
+        (row["id"], float(row["score"]))
+        for kind in ("missing", "extra", "wrong")
+        for row in table("suspects.csv")
+        if row["kind"] == kind and int(row["rank"]) <= samples.SHOWN
+    ]
+    assert expected
+    assert [name for name, _ in cards] == [name for name, _ in expected]
+    np.testing.assert_allclose([float(v) for _, v in cards], [v for _, v in expected], atol=0.006)
+    near = [row for row in table("nearest_labels.csv") if int(row["rank"]) <= 3]
+    assert near
+    found = html.unescape(text.split('id="near"')[1].split("</section>")[0])
+    assert all(f"{row['nearest']} {float(row['value']):.2f}" in found for row in near)
+
+
+def test_a_run_that_nothing_can_be_compared_by_is_reported(
+    make_store, make_run, monkeypatch, tmp_path
+):
+    store = make_store()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise InputError("no pooled feature here")
+
+    monkeypatch.setattr("mmc.heads.labels.brief.Material", refuse)
+    write_report(make_run(store), store, tmp_path / "r.html", device="cpu")
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "no pooled feature here" in text.split('id="suspects"')[1].split("</section>")[0]
+    assert 'id="near"' not in text
 
 
 def test_commands_say_what_differs_from_the_defaults(make_store, make_run, tmp_path: Path):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
@@ -250,6 +251,31 @@ def test_object_stores_keep_indexes_too(make):
     kept = open_index(store, "clip/image", kind="ivf", report=said.append).search(queries, 5)[0]
     assert not said
     np.testing.assert_array_equal(made, kept)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+def test_a_gpu_finds_what_the_cpu_finds(make, monkeypatch, kind):
+    store, queries = make(), vectors(50, seed=5)
+    if faiss.get_num_gpus() < 1:
+        pytest.skip("this FAISS sees no GPU")
+    there = open_index(store, "clip/image", kind=kind)
+    assert "Gpu" in type(there._index).__name__
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
+    here = open_index(store, "clip/image", kind=kind)
+    assert "Gpu" not in type(here._index).__name__
+    found, expected = there.search(queries, 10), here.search(queries, 10)
+    np.testing.assert_allclose(found[1], expected[1], atol=2e-3)
+    assert (found[0] == expected[0]).mean() > 0.98
+
+
+def test_making_an_index_tells_how_far_it_is(make):
+    told: list[tuple[str, int, int]] = []
+    open_index(make(), "clip/image", kind="ivf", progress=lambda *at: told.append(at))
+    assert {(stage, done) for stage, done, total in told if done == total == 514} == {
+        ("index", 514),
+        ("measure the index", 514),
+    }
 
 
 @pytest.mark.parametrize("order", ["import torch, faiss", "import faiss, torch"])
