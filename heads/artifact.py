@@ -228,7 +228,8 @@ class Run:
         return with_labels(self, labels, label_text)
 
     def check_labels(self, label_set: Sequence[str], where: str) -> None:
-        """Raise InputError unless every label of ``label_set`` is one of this run's."""
+        """Raise InputError unless every label of ``label_set``, a store's, is one of this run's."""
+        self._refuse_arrays()
         known = set(self.label_set)
         strange = [label for label in label_set if label not in known]
         if strange:
@@ -243,8 +244,10 @@ class Run:
         """What to say before predicting on data that has the labels ``label_set``, or none.
 
         Raises:
-            InputError: it has labels, and none of them is one of this run's.
+            InputError: it has labels, and none of them is one of this run's; or the run was trained
+                on arrays.
         """
+        self._refuse_arrays()
         try:
             self.check_labels(label_set, where)
         except InputError as error:
@@ -265,8 +268,7 @@ class Run:
         Raises:
             InputError: it was trained on arrays.
         """
-        if self.from_arrays:
-            raise InputError(NO_BACKBONE)
+        self._refuse_arrays()
         by_alias: dict[str, dict[str, Any]] = {}
         for ref in self.features.values():
             entry = by_alias.setdefault(
@@ -282,6 +284,11 @@ class Run:
             if ref.field not in entry["fields"]:
                 entry["fields"].append(ref.field)
         return list(by_alias.values())
+
+    def _refuse_arrays(self) -> None:
+        """Raise InputError where no store or source can have what the run reads."""
+        if self.from_arrays:
+            raise InputError(NO_BACKBONE)
 
     def _record(self) -> dict[str, Any]:
         text = self.recipe_text

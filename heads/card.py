@@ -153,7 +153,7 @@ def _about(run: "Run") -> str:
 
 def _quality(run: "Run") -> str:
     if not run.metrics:
-        return "## How good\n\nNot measured: the store had no labelled validation or test rows."
+        return "## How good\n\nNot measured: there were no labelled validation or test rows."
     rows = summary_rows(run.task, run.metrics)
     chosen = ["thresholds", "the best epoch"]
     if "folds" in run.search:

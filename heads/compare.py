@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,25 +146,60 @@ def compare(
 
 
 def format_comparison(found: Comparison) -> str:
-    """The table as text; ``*`` marks the best of a column."""
+    """Two tables as text: how good the runs are, and what they are; ``*`` marks the best.
+
+    Runs of one folder are called by their names in it.
+    """
     several = len(found.best) > 1
-    head = ("run", *(("set",) if several else ()), "head", "features", "loss")
-    lines = [(*head, *map(_header, found.columns))]
+    folder = _common_folder([row["run"] for row in found.rows])
+
+    def name(run: str) -> str:
+        return os.path.basename(run) if folder else run
+
+    quality = [column for column in found.columns if column not in EFFORT]
+    effort = [column for column in found.columns if column in EFFORT]
+    which = ("set",) if several else ()
+    splits = [column.rpartition(".")[0] for column in quality]
+    above = [
+        split if split != before else ""
+        for split, before in zip(splits, ["", *splits], strict=False)
+    ]
+    good = [("",) * (1 + len(which)) + tuple(above)] if any(above) else []
+    good.append(("run", *which, *(_header(column) for column in quality)))
+    what = [("run", *_WHAT, *(_header(column) for column in effort))]
     for row in found.rows:
-        best = found.best[row["set"]]
-        cells = [
-            _shown(column, row.get(column)) + ("*" if row["run"] in best.get(column, ()) else "")
-            for column in found.columns
-        ]
-        lines.append((*(str(row[key]) for key in head), *cells))
-    text = aligned(lines, left=len(head))
+        run = name(row["run"])
+        good.append((run, *(row[key] for key in which), *_cells(found, row, quality)))
+        what.append((run, *(row[key] for key in _WHAT), *_cells(found, row, effort)))
+    lines = [*aligned(good, left=1 + len(which)), "", *aligned(what, left=1 + len(_WHAT)), ""]
     if found.measured:
         told = found.measured
-        text.append(
+        lines.append(
             f"{told['split']}: {told['rows']:,} rows of {told['store']}; difference in "
-            f"{_header(told['metric'])} to {told['reference']}, {told['resamples']:,} resamples"
+            f"{_header(told['metric'])} to {name(told['reference'])}, {told['resamples']:,} "
+            "resamples"
         )
-    return "\n".join([*text, "* best of its column" + (", within its set" if several else "")])
+    where = f"; the runs are in {folder}" if folder else ""
+    return "\n".join(
+        [*lines, "* best of its column" + (", within its set" if several else "") + where]
+    )
+
+
+_WHAT = ("head", "features", "loss")
+
+
+def _common_folder(runs: Sequence[str]) -> str:
+    """The folder that holds all of several runs, as it was given; empty where there is none."""
+    parents = {os.path.dirname(run) for run in runs}
+    return parents.pop() if len(runs) > 1 and len(parents) == 1 else ""
+
+
+def _cells(found: Comparison, row: Row, columns: Sequence[str]) -> list[str]:
+    best = found.best[row["set"]]
+    return [
+        _shown(column, row.get(column)) + ("*" if row["run"] in best.get(column, ()) else "")
+        for column in columns
+    ]
 
 
 def comparison_csv(found: Comparison) -> bytes:
@@ -302,9 +338,9 @@ def _best(rows: list[Row], columns: Sequence[str]) -> dict[str, dict[str, list[s
 
 
 def _header(column: str) -> str:
-    """A column's name in the table: ``val.micro_f1`` -> ``val micro-F1``."""
-    split, _, name = column.rpartition(".")
-    return f"{split} {HEADERS.get(name, name)}".strip()
+    """A column's name below its split: ``val.micro_f1`` -> ``micro-F1``."""
+    name = column.rpartition(".")[2]
+    return HEADERS.get(name, name)
 
 
 def _shown(column: str, value: Any) -> str:

@@ -16,7 +16,7 @@ from mmc.heads import metrics
 from mmc.heads.batches import Batches, Data, dropout_seed
 from mmc.heads.checkpoints import Checkpoints, pack_optimizer, unpack_optimizer
 from mmc.heads.compiling import compiled, compiler_errors
-from mmc.heads.devices import precise
+from mmc.heads.devices import precise, seed_all
 from mmc.heads.distributed import Processes
 from mmc.heads.gradients import Gradients, JoinedGradients
 from mmc.heads.losses.base import Loss
@@ -32,7 +32,9 @@ from mmc.heads.optim import (
     trained_parameters,
 )
 from mmc.heads.options import OptimConfig
+from mmc.heads.room import no_room
 from mmc.heads.targets import as_targets
+from mmc.store.errors import MmcError
 
 ROUND_STEPS = 50
 """Least steps between validations: a set of 48 rows is not validated after every second step."""
@@ -67,7 +69,12 @@ class Position:
     """What stages kept and what they dropped: lines to say aloud."""
 
     def improves(self, metric: float, loss: float) -> bool:
-        """Whether this validation is the best of the stage; an undefined metric is a tie."""
+        """Whether this validation is the best of the stage; an undefined metric is a tie.
+
+        Of validations on no rows, which give neither, it is the latest.
+        """
+        if math.isnan(loss):
+            return True
         if math.isnan(metric) or abs(metric - self.best_metric) <= TIE:
             return loss < self.best_loss
         return metric > self.best_metric
@@ -146,7 +153,8 @@ class Engine:
             self.head.load_state_dict(_part(tensors, "head"))
         stages = self.head.stages()
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), precise(self.dtype, self.device):
+        what = "the training (a smaller --batch-size or head needs less)"
+        with torch.random.fork_rng(devices), precise(self.dtype, self.device), no_room(what):
             for index in range(self.position.stage, len(stages)):
                 needed = stages[index].needed
                 if needed is None or needed():
@@ -185,6 +193,8 @@ class Engine:
             if average:
                 average.swap()
             metric, val_loss = self._validate(stage)
+            if math.isnan(val_loss) and not math.isfinite(train_loss):
+                raise MmcError("the training diverged: its loss is not finite; lower the lr")
             if at.take(metric, val_loss):
                 best = {key: value.clone() for key, value in self.head.state_dict().items()}
             if average:
@@ -226,7 +236,7 @@ class Engine:
         """Train up to epoch ``until``; the mean loss of the steps."""
         stage, parts = self.position.stage, self.optim.accumulation
         for epoch in range(self.position.epoch, until):
-            torch.manual_seed(dropout_seed(self.seed, stage, epoch, self.processes.index))
+            seed_all(dropout_seed(self.seed, stage, epoch, self.processes.index), self.device)
             step, pending = epoch * self.steps, 0
             for batch, targets in batches.epoch(stage, epoch):
                 self._backward(score, batch, targets, gradients)
@@ -280,7 +290,7 @@ class Engine:
 
     @torch.no_grad()
     def _validate(self, stage: Stage) -> tuple[float, float]:
-        """Metric (NaN where undefined) and loss on the validation rows, in float32.
+        """Metric (NaN where undefined) and loss on the validation rows, in float32; NaN of none.
 
         The main process measures, so that all go on alike.
         """
@@ -289,6 +299,8 @@ class Engine:
         return metric, loss
 
     def _measure(self, stage: Stage) -> tuple[float, float]:
+        if not len(self.val):
+            return math.nan, math.nan
         training = [module for module in self.head.modules() if module.training]
         self.head.eval()
         logits = score_all(stage.score or self.head.score, self.val.blocks())
@@ -313,7 +325,7 @@ class Engine:
             "epoch": at.epoch,
             "loss": train_loss,
             "lr": max(group["lr"] for group in optimizer.param_groups),
-            "val_loss": val_loss,
+            "val_loss": None if math.isnan(val_loss) else val_loss,
             f"val_{self.metric}": None if math.isnan(metric) else metric,
             "best": at.rounds_since == 0,
             "seconds": round(at.train_seconds, 4),

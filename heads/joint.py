@@ -13,15 +13,13 @@ from torch import Tensor, nn
 
 from mmc.heads import metrics
 from mmc.heads.engine import Position
-from mmc.heads.losses import GROUP as LOSS_GROUP
-from mmc.heads.losses import LOSSES
 from mmc.heads.losses.base import Loss
 from mmc.heads.models import GROUP as HEAD_GROUP
 from mmc.heads.models import HEADS
 from mmc.heads.models.base import Head
 from mmc.heads.options import TrainConfig, parse_set
+from mmc.heads.parts import Parts
 from mmc.heads.training import Setup
-from mmc.store.config import build
 from mmc.store.errors import InputError
 from mmc.store.registry import load, lookup
 
@@ -44,12 +42,10 @@ class JointTraining:
             InputError: no such head or loss, or settings that they do not have.
         """
         self.config, self._keep = config, keep
-        settings = parse_set(config.settings)
-        if "optim" in settings:
+        if "optim" in parse_set(config.settings):
             raise InputError("--set optim.… is the backbone's; a head trained with it has none")
         entry = lookup(HEADS, config.head, kind="head", group=HEAD_GROUP)
         self._class: type[Head] = load(entry)
-        self._settings = settings
         self.identity: dict[str, Any] = {
             key: value
             for key, value in asdict(config).items()
@@ -75,18 +71,8 @@ class JointTraining:
         """
         if task not in metrics.HEADLINE:
             raise InputError("--head needs labels; name them with --label-column")
-        loss_name = self.config.loss or ("bce" if task == "multilabel" else "ce")
-        loss: type[Loss] = load(lookup(LOSSES, loss_name, kind="loss", group=LOSS_GROUP))
-        if task not in loss.tasks:
-            raise InputError(
-                f"loss {loss_name} is for {' and '.join(sorted(loss.tasks))} tasks, and this one "
-                f"is {task}"
-            )
-        loss_config: Any = build(
-            loss.Config, self._settings.get("loss", {}), where=f"loss {loss_name}"
-        )
-        given = {**loss.head_settings(loss_config), **self._settings.get("head", {})}
-        config: Any = build(self._class.Config, given, where=f"head {self.config.head}")
+        parts = Parts(self.config, task)
+        config = parts.head_config
         if getattr(config, "normalize", "") == "none":
             raise InputError("--head: normalize=none is not possible; features come normalised")
         widths = {"image": (image.shape[1],), "text": (text.shape[1],)}
@@ -107,7 +93,7 @@ class JointTraining:
             classes = known[known >= 0].long()
             number = torch.bincount(classes, minlength=self._count).double()
             counts = number, torch.full_like(number, float(len(classes)))
-        self._loss = loss(loss_config, *counts).to(image.device)
+        self._loss = parts.loss_class(parts.loss_config, *counts).to(image.device)
         with torch.no_grad():
             self._head.fit_inputs([{"image": image, "text": text}])
             self._head.set_prior(self._loss.prior())

@@ -131,6 +131,6 @@ def described(found: Mapping[str, int]) -> str:
     parts = [f"{count:,} {words[content]}" for content, count in found.items() if count]
     if not parts:
         return ""
-    parts[0] = parts[0].replace(" ", " have ", 1)
+    parts[0] = parts[0].replace(" ", " has " if parts[0].startswith("1 ") else " have ", 1)
     listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
     return f"{listed} of a training sample"

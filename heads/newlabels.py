@@ -51,7 +51,7 @@ def read_labels(path: Path) -> tuple[str, ...]:
     """The labels in a text file, one a line; empty lines count for nothing.
 
     Raises:
-        InputError: no such file, or it is not text.
+        InputError: no such file, it is not text, or a label stands there twice.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -59,7 +59,17 @@ def read_labels(path: Path) -> tuple[str, ...]:
         raise InputError(f"labels {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"labels {path} are not UTF-8 text: {error}") from None
-    return tuple(line.strip() for line in lines if line.strip())
+    found: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        label = line.strip()
+        if label in found:
+            raise InputError(
+                f"labels {path}, line {number}: {label!r} is there twice, first in line "
+                f"{found[label]}; give each name once"
+            )
+        if label:
+            found[label] = number
+    return tuple(found)
 
 
 def templates(prompt: str) -> tuple[str, ...]:

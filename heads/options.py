@@ -1,11 +1,17 @@
 """What a training is told: frozen settings, and ``--set group.key=value``. Imports no torch."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from mmc.store.config import build, nearest, settable
 from mmc.store.errors import InputError
+from mmc.store.registry import load, lookup
+
+T = TypeVar("T")
+Configs = Mapping[str, type]
+"""Group of settings -> the class that holds them."""
 
 GROUPS = ("head", "loss", "optim")
 TRACKERS = ("tensorboard", "mlflow")
@@ -57,6 +63,13 @@ class OptimConfig:
     """Compile what the head computes while training (torch.compile): takes from seconds to minutes
     per stage, and needs a compiler. Compare before relying on it: on two CPU cores no head became
     faster."""
+
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing beside the others -> which others."""
+        if self.schedule == "plateau":
+            return {}
+        names = ("plateau_factor", "plateau_patience", "min_lr")
+        return dict.fromkeys(names, f"optim.schedule={self.schedule}")
 
     def __post_init__(self) -> None:
         for name in ("weight_decay", "clip_norm", "checkpoint_seconds", "min_lr"):
@@ -155,13 +168,15 @@ class TrainConfig:
                 "--track follows one training: leave it out with --sweep, --seeds and --folds, "
                 "whose tables are in the run's folder"
             )
-        given = {
-            f"{group}.{key}" for group, keys in parse_set(self.settings).items() for key in keys
-        }
+        settings = parse_set(self.settings, self._configs)
+        given = {f"{group}.{key}" for group, keys in settings.items() for key in keys}
         given |= {f.name for f in fields(self) if getattr(self, f.name) != f.default}
-        for key in parse_sweep(self.sweep):
+        for key in parse_sweep(self.sweep, self._configs):
             if key in given:
                 raise InputError(f"{key} is given and swept; leave one of the two out")
+
+    def _configs(self) -> Configs:
+        return configs_of(self.head, self.loss)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,32 +199,129 @@ class PredictConfig:
     def __post_init__(self) -> None:
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"--top-k must be 1 or more, got {self.top_k}")
+        if self.top_k is not None and self.at_least_one:
+            raise InputError(
+                "--top-k gives every sample its labels, whatever the thresholds say: leave "
+                "--at-least-one out"
+            )
 
 
-def parse_set(pairs: Iterable[str]) -> dict[str, dict[str, str]]:
-    """``["head.hidden=512", ...]`` -> ``{"head": {"hidden": "512"}}``; later pairs win.
+def configs_of(head: str, loss: str | None) -> Configs:
+    """The classes of the settings of a head, a loss (None: not known) and the optimiser.
+
+    Imports torch, with the head.
+
+    Raises:
+        InputError: no such head or loss.
+    """
+    from mmc.heads.losses import GROUP as LOSS_GROUP
+    from mmc.heads.losses import LOSSES
+    from mmc.heads.models import GROUP as HEAD_GROUP
+    from mmc.heads.models import HEADS
+
+    found = {"head": load(lookup(HEADS, head, kind="head", group=HEAD_GROUP)).Config}
+    if loss is not None:
+        found["loss"] = load(lookup(LOSSES, loss, kind="loss", group=LOSS_GROUP)).Config
+    return {**found, "optim": OptimConfig}
+
+
+def parse_set(
+    pairs: Iterable[str], configs: Callable[[], Configs] = lambda: {"optim": OptimConfig}
+) -> dict[str, dict[str, str]]:
+    """``["head.hidden=512", ...]`` -> ``{"head": {"hidden": "512"}}``.
 
     Keys are checked against the component's own settings when it is built.
 
+    Args:
+        configs: asked where a key names no group, for the one that it may be meant in.
+
     Raises:
-        InputError: not of the form ``group.key=value``, or an unknown group.
+        InputError: not of the form ``group.key=value``, an unknown group, or a key twice.
     """
     settings: dict[str, dict[str, str]] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         group, dot, key = name.strip().partition(".")
-        if not (equals and dot and group and key):
-            raise InputError(f"--set {pair}: write group.key=value, such as optim.weight_decay=0.1")
+        if equals and group and not dot:
+            raise InputError(f"--set {pair}: {elsewhere(group, configs) or _FORM}")
+        if not (equals and group and key):
+            raise InputError(f"--set {pair}: {_FORM}")
         if group not in GROUPS:
             raise InputError(f"--set {pair}: no group {group!r}; choose from {', '.join(GROUPS)}")
-        settings.setdefault(group, {})[key] = value.strip()
+        if key in settings.setdefault(group, {}):
+            raise InputError(f"--set {group}.{key} is given twice; leave one of the two out")
+        settings[group][key] = value.strip()
     return settings
 
 
-def parse_sweep(items: Iterable[str]) -> dict[str, list[str]]:
+_FORM = "write group.key=value, such as optim.weight_decay=0.1"
+
+
+def elsewhere(
+    key: str, configs: Callable[[], Configs], *, option: str = "the option --{dashed}"
+) -> str:
+    """For an error: the option or the setting that is called ``key``; empty where there is none.
+
+    Args:
+        key: a name that is wrong where it stands.
+        configs: asked where it is no option.
+        option: how options are written where the user reads this.
+    """
+    name = key.strip().replace("-", "_")
+    if name in {f.name for f in fields(TrainConfig)} - {"settings", "overwrite"}:
+        return f"did you mean {option.format(name=name, dashed=name.replace('_', '-'))}?"
+    found = [f"{group}.{name}" for group, config in configs().items() if name in settable(config)]
+    return f"did you mean {' or '.join(found)}?" if found else ""
+
+
+def build_part(
+    config: type[T],
+    settings: Mapping[str, Any],
+    *,
+    where: str,
+    configs: Callable[[], Configs],
+    option: str = "the option --{dashed}",
+) -> T:
+    """As `mmc.store.config.build`; an unknown key is also looked for in the other parts.
+
+    Args:
+        config: of a head, a loss or the optimiser.
+        settings: for it.
+        where: for messages: what the settings are of.
+        configs: of all parts.
+        option: as for `elsewhere`.
+
+    Raises:
+        InputError: an unknown key or a value of the wrong type.
+    """
+    known = settable(config)
+    for key in settings:
+        if key not in known:
+            meant = elsewhere(key, configs, option=option) or nearest(key, known)
+            raise InputError(f"{where} has no setting {key!r}; {meant}")
+    return build(config, settings, where=where)
+
+
+def without_effect(group: str, config: Any) -> list[str]:
+    """Lines on the settings of a part that are set and do nothing beside its others."""
+    idle: dict[str, str] = config.idle() if hasattr(config, "idle") else {}
+    defaults = {f.name: f.default for f in fields(config)}
+    return [
+        f"warning: {group}.{name}={getattr(config, name)} does nothing with {others}"
+        for name, others in idle.items()
+        if getattr(config, name) != defaults[name]
+    ]
+
+
+def parse_sweep(
+    items: Iterable[str], configs: Callable[[], Configs] = lambda: {"optim": OptimConfig}
+) -> dict[str, list[str]]:
     """``["lr=1e-4,1e-3", "head.hidden=512,1024"]`` -> values by key, in the order given.
 
     Values are checked when the trainings are set up.
+
+    Args:
+        configs: as for `parse_set`.
 
     Raises:
         InputError: not of the form ``key=value,value``, a key that cannot be swept, or one key or
@@ -226,9 +338,14 @@ def parse_sweep(items: Iterable[str]) -> dict[str, list[str]]:
         if key not in SWEPT:
             group, dot, setting = key.partition(".")
             if not (dot and setting and group in GROUPS):
+                meant = "" if dot else elsewhere(key, configs)
                 raise InputError(
-                    f"--sweep {item}: no key {key!r}; choose from {', '.join(SWEPT)}, or a setting "
-                    "of a part, such as head.hidden or optim.weight_decay"
+                    f"--sweep {item}: no key {key!r}; "
+                    + (
+                        meant
+                        or f"choose from {', '.join(SWEPT)}, or a setting of a part, such as "
+                        "head.hidden or optim.weight_decay"
+                    )
                 )
             if key == "optim.metric":
                 raise InputError("--sweep optim.metric: settings are compared by it; use --set")

@@ -8,6 +8,7 @@ import numpy as np
 from sklearn.utils import check_random_state
 
 from mmc.heads.options import GROUPS, TrainConfig
+from mmc.store.config import build
 from mmc.store.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,12 +46,13 @@ def config_of(params: Mapping[str, Any]) -> TrainConfig:
         seed = check_random_state(seed).randint(2**31)
     features = params["features"]
     given: Sequence[str] = [features] if isinstance(features, str) else features or ()
-    return TrainConfig(
-        features=tuple(part.strip() for item in given for part in item.split(",")),
-        seed=int(seed),
-        settings=tuple(f"{key}={_text(value)}" for key, value in settings.items()),
+    given_here = {
+        "features": tuple(part.strip() for item in given for part in item.split(",")),
+        "seed": int(seed),
+        "settings": tuple(f"{key}={_text(value)}" for key, value in settings.items()),
         **{name: _plain(params[name]) for name in _SAME},
-    )
+    }
+    return build(TrainConfig, given_here, where="HeadClassifier")
 
 
 _SAME = ("head", "loss", "batch_size", "epochs", "lr", "precision", "device", "max_memory")
@@ -70,6 +72,7 @@ def params_of(run: "Run") -> dict[str, Any]:
         "features": tuple(f"{role}={ref.feature}" for role, ref in run.features.items()),
         "loss": run.loss,
         "random_state": run.seed,
+        "validation_fraction": run.source.get("validation_fraction", 0.1),
         **{name: config.get(name) for name in ("batch_size", "epochs", "lr")},
         "settings": {
             f"{group}.{key}": value for group, part in groups.items() for key, value in part.items()

@@ -4,15 +4,22 @@ Imports no torch before a step runs or the settings of a head are checked.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from mmc.heads.losses import GROUP as LOSS_GROUP
 from mmc.heads.losses import LOSSES
 from mmc.heads.models import GROUP as HEAD_GROUP
 from mmc.heads.models import HEADS
-from mmc.heads.options import OptimConfig, TrainConfig
+from mmc.heads.options import (
+    GROUPS,
+    Configs,
+    TrainConfig,
+    build_part,
+    configs_of,
+    elsewhere,
+)
 from mmc.heads.runstate import run_state
 from mmc.heads.search.grid import settings as sweep_settings
 from mmc.heads.steps_after import BEST, Joined, Readers
@@ -29,9 +36,9 @@ from mmc.store.chain import (
     path_state,
     store_state,
 )
-from mmc.store.config import build, nearest
+from mmc.store.config import nearest
 from mmc.store.errors import InputError
-from mmc.store.registry import load, lookup
+from mmc.store.registry import lookup
 from mmc.store.schema import check_name
 
 __all__ = ["Joined", "head_steps"]
@@ -40,6 +47,8 @@ BASE = "head.base"
 """The setting that names another run."""
 TAKEN = (BEST, "prepare", "caption", "extract", "train", "compare", "evaluate", "predict")
 """No names for runs: steps have them."""
+_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+"""Names that Windows keeps for devices."""
 
 
 def head_steps(
@@ -92,6 +101,7 @@ class _Heads:
         self.fields = dict(fields or {})
         self.runs: dict[str, str] = {}
         """Name -> folder, in order."""
+        self._warned: set[str] = set()
 
     def steps(self, node: Node) -> list[Step]:
         """A step for each run."""
@@ -108,13 +118,8 @@ class _Heads:
             del later[name]
             section = Section(entry, f"heads.{name}")
             with located(entry.where, f"heads.{name}"):
-                check_name(name, "run")
-                if name in TAKEN:
-                    raise InputError(
-                        f"{name!r} is what a step is called; give the run another name"
-                    )
+                _check_run(name, self.runs)
             steps.append(self._run(name, section, later))
-            section.finish()
         return steps
 
     def _run(self, name: str, section: Section, later: Mapping[str, str]) -> Step:
@@ -125,7 +130,7 @@ class _Heads:
             TrainConfig, omit=("settings", "overwrite"), whole=("sweep",), head=head
         )
         with located(section.where, section.name):
-            entry = lookup(HEADS, head, kind="head", group=HEAD_GROUP)
+            lookup(HEADS, head, kind="head", group=HEAD_GROUP)
             for setting in sweep_settings(config):
                 lookup(HEADS, setting.config.head, kind="head", group=HEAD_GROUP)
                 if setting.config.loss is not None:
@@ -145,7 +150,8 @@ class _Heads:
             elif os.path.exists(text):
                 inputs[key] = _path_state_of(text)
             written[key] = text
-        _check_settings(entry, config, written, pairs, section.name)
+        section.finish(lambda key: _in_set(key, config))
+        _check_settings(config, written, pairs, section.name)
         config = replace(config, settings=tuple(f"{key}={text}" for key, text in written.items()))
         self.runs[name] = folder
 
@@ -158,7 +164,7 @@ class _Heads:
                 folder,
                 replace(config, overwrite=start.replace),
                 recipe=self.recipe.kept,
-                report=start.report,
+                report=self._once(start.report),
                 progress=start.progress,
             )
             data = {key: value for key, value in vars(done).items() if key != "run"}
@@ -179,6 +185,17 @@ class _Heads:
             after=tuple(after),
             owns=folder,
         )
+
+    def _once(self, report: Callable[[str], None]) -> Callable[[str], None]:
+        """``report``, but a warning that an earlier run has given: it is of the store."""
+
+        def tell(line: str) -> None:
+            if line not in self._warned:
+                report(line)
+            if line.startswith("warning: "):
+                self._warned.add(line)
+
+        return tell
 
     def _aliases_of(self, features: Sequence[str]) -> tuple[str, ...]:
         """Backbones whose features are named.
@@ -220,6 +237,21 @@ class _Heads:
         return text
 
 
+def _check_run(name: str, before: Iterable[str]) -> None:
+    """Raises InputError where a run cannot be called so, after those of before."""
+    check_name(name, "run")
+    if name in TAKEN:
+        raise InputError(f"{name!r} is what a step is called; give the run another name")
+    if _DEVICE.fullmatch(name) or name.endswith("."):
+        raise InputError(f"{name!r} cannot name a folder on Windows; give the run another name")
+    same = next((other for other in before if other.casefold() == name.casefold()), None)
+    if same is not None:
+        raise InputError(
+            f"{name!r} and {same!r} are one folder where case does not count (Windows, macOS); "
+            "give the run another name"
+        )
+
+
 def _run_state_of(folder: str) -> Callable[[], str]:
     return lambda: run_state(folder) or ABSENT
 
@@ -246,41 +278,56 @@ def _written(node: Node, name: str) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def _in_set(key: str, config: TrainConfig) -> str:
+    """For an error: the setting that a key of a run may be meant for; empty: none."""
+    meant = elsewhere(key.rpartition(".")[2], lambda: _configs(config), option="the key {name}")
+    return meant and meant.replace("?", " under `set`?" if "." in meant else "?")
+
+
 def _check_settings(
-    entry: Any,
-    config: TrainConfig,
-    written: Mapping[str, str],
-    nodes: Mapping[str, Node],
-    name: str,
+    config: TrainConfig, written: Mapping[str, str], nodes: Mapping[str, Node], name: str
 ) -> None:
     """Check what a run's ``set`` says against the head's, the loss' and the optimiser's settings.
 
     Raises:
         InputError: an unknown key or a value that is refused; with file and line.
     """
-    if not written:
-        return
-    losses = [config.loss] if config.loss is not None else ["bce", "ce"]  # by the task, yet unknown
     for key, text in written.items():
         group, dot, setting = key.partition(".")
         with located(nodes[key].where, f"{name}.set"):
-            if group == "head" and dot:
-                build(load(entry).Config, {setting: text}, where=f"head {entry.name}")
-            elif group == "loss" and dot:
-                _check_loss(losses, setting, text)
-            elif group == "optim" and dot:
-                build(OptimConfig, {setting: text}, where="optim")
-            else:
-                raise InputError(f"{key}: write head.KEY, loss.KEY or optim.KEY")
+            if not dot:
+                meant = elsewhere(key, lambda: _configs(config), option=BESIDE)
+                raise InputError(f"{key}: {meant or _FORM}")
+            if group not in GROUPS or not setting:
+                raise InputError(f"{key}: {_FORM}")
+            _check_setting(config, group, setting, text)
 
 
-def _check_loss(losses: Sequence[str], setting: str, text: str) -> None:
-    """Raises InputError where no loss of these takes the setting."""
+BESIDE = "the key {name}, beside `set`"
+"""How a recipe gives what is an option of `mmc train-head`."""
+_FORM = "write head.KEY, loss.KEY or optim.KEY"
+
+
+def _check_setting(config: TrainConfig, group: str, setting: str, text: str) -> None:
+    """Raises InputError where the part does not take the setting."""
+    # By the task, which is not known yet, the loss is one of two; either may take it.
+    losses = [config.loss] if config.loss is not None or group != "loss" else ["bce", "ce"]
     for number, loss in enumerate(losses, 1):
-        config = load(lookup(LOSSES, loss, kind="loss", group=LOSS_GROUP)).Config
+        configs = configs_of(config.head, loss)
+        where = {"head": f"head {config.head}", "loss": f"loss {loss}"}.get(group, group)
         try:
-            build(config, {setting: text}, where=f"loss {loss}")
+            build_part(
+                configs[group],
+                {setting: text},
+                where=where,
+                configs=lambda configs=configs: configs,  # type: ignore[misc]
+                option=BESIDE,
+            )
             return
         except InputError:
             if number == len(losses):
                 raise
+
+
+def _configs(config: TrainConfig) -> Configs:
+    return configs_of(config.head, config.loss or "bce")

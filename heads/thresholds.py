@@ -89,6 +89,7 @@ def tune(
     task: str,
     *,
     objective: Objective | None = None,
+    mode: Mode | None = None,
     min_positives: int = 10,
     shrinkage: float = 20.0,
     seed: int = 0,
@@ -103,6 +104,7 @@ def tune(
         targets: multilabel int (N, C) in {-1, 0, 1}; otherwise int64 (N,) class indices, -1
             unknown. Unknown entries are left out.
         objective: default micro-F1 for multilabel, macro-F1 over both classes for binary.
+        mode: the only way to try; None: all of them.
         min_positives: a label with fewer positives takes the common threshold, and with fewer of
             all labels together that is 0.5.
         shrinkage: how many positives the common threshold counts for when a label's own threshold
@@ -122,23 +124,25 @@ def tune(
     fitters: dict[Mode, Fit] = {"default": _fit_default, "global": common}
     if task == "multilabel" and num_labels > 1:
         fitters["per_label"] = _PerLabel(common)
+    if mode is not None:
+        fitters = {mode: fitters[mode]}
     n = len(scores)
     if n < 4 or not bool((truth == 1).any()):
         return Thresholds.default(task, num_labels)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(scores.device)
     halves = order[: n // 2].sort().values, order[n // 2 :].sort().values
     held_out: dict[str, float] = {}
-    for mode, fit in fitters.items():
+    for way, fit in fitters.items():
         chosen = torch.zeros_like(truth, dtype=torch.bool)
         for seen, unseen in (halves, halves[::-1]):
             cuts = fit(scores[seen], truth[seen], objective, task == "binary")
             chosen[unseen] = scores[unseen] >= cuts
-        held_out[mode] = objective_value(chosen, truth, objective, binary=task == "binary")
+        held_out[way] = objective_value(chosen, truth, objective, binary=task == "binary")
     best = max(held_out.values())
-    mode = next(m for m in fitters if held_out[m] >= best - TIE)
-    cuts = fitters[mode](scores, truth, objective, task == "binary")
+    way = next(m for m in fitters if held_out[m] >= best - TIE)
+    cuts = fitters[way](scores, truth, objective, task == "binary")
     return Thresholds(
-        values=tuple(float(c) for c in cuts), mode=mode, objective=objective, held_out=held_out
+        values=tuple(float(c) for c in cuts), mode=way, objective=objective, held_out=held_out
     )
 
 

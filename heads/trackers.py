@@ -56,7 +56,11 @@ class Tracker:
         PartialState()  # its trackers and its log need one
         self._backend = backend
         backend.start()
-        backend.store_init_configuration(dict(parameters))
+        self._store(dict(parameters))
+
+    def _store(self, parameters: dict[str, Any]) -> None:
+        """Log what the training is told."""
+        self._backend.store_init_configuration(parameters)
 
     @classmethod
     def check(cls, report: "Report") -> None:
@@ -90,6 +94,15 @@ class TensorBoard(Tracker):
         shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
         self.where = f"tensorboard --logdir {folder / TENSORBOARD}"
         super().__init__(TensorBoardTracker(TENSORBOARD, folder), parameters)
+
+    def _store(self, parameters: dict[str, Any]) -> None:
+        # Among the values: Accelerate makes two more folders for them, called by the time, and
+        # TensorBoard shows these as runs without any value.
+        from torch.utils.tensorboard.summary import hparams
+
+        for summary in hparams(parameters, {}):
+            self._backend.writer.file_writer.add_summary(summary)
+        self._backend.writer.flush()
 
     def table(self, name: str, rows: Sequence[Sequence[str]]) -> None:
         """See :class:`Tracker`; Markdown on the page of texts."""

@@ -95,7 +95,7 @@ def _train_into(
     progress: Progress,
     started: float,
 ) -> TrainReport:
-    for note in setup.splits.notes:
+    for note in setup.notes:
         report(note)
     report(setup.described())
     checkpoints = Checkpoints(folder, setup.identity())
@@ -145,6 +145,9 @@ def stage_lines(position: Position) -> list[str]:
     for stage in dict.fromkeys(row["stage"] for row in position.history):
         rows = [row for row in position.history if row["stage"] == stage]
         best = [row for row in rows if row["best"]][-1]
+        if best["val_loss"] is None:  # nothing was held out
+            lines.append(f"{stage}: loss {best['loss']:.4f} after epoch {best['epoch']}")
+            continue
         name = next(key for key in best if key.startswith("val_") and key != "val_loss")
         value = "undefined" if best[name] is None else f"{best[name]:.4f}"
         lines.append(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -28,21 +28,17 @@ from mmc.heads.distributed import join
 from mmc.heads.engine import Engine, OnRound, Position, score_all
 from mmc.heads.featureref import FeatureRef
 from mmc.heads.features import resolve
-from mmc.heads.losses import GROUP as LOSS_GROUP
-from mmc.heads.losses import LOSSES
 from mmc.heads.losses.base import Loss
 from mmc.heads.material import Material
-from mmc.heads.models import GROUP as HEAD_GROUP
-from mmc.heads.models import HEADS
 from mmc.heads.models.base import Head
-from mmc.heads.options import SEARCH, OptimConfig, TrainConfig, parse_set
+from mmc.heads.options import SEARCH, TrainConfig
+from mmc.heads.parts import Parts
 from mmc.heads.predict import BLOCK_BYTES, Predictor
+from mmc.heads.room import check_room, no_room
 from mmc.heads.streaming import StreamedData
 from mmc.heads.targets import Targets, as_targets, load_targets, nbytes_of
 from mmc.heads.temperature import fit_temperature, probabilities
-from mmc.store.config import build
 from mmc.store.errors import InputError
-from mmc.store.registry import load, lookup
 
 if TYPE_CHECKING:
     from mmc.store import EmbeddingStore
@@ -83,19 +79,12 @@ class Setup:
     ) -> None:
         self.store, self.config = store, config
         self.material = material or Material(store)
-        entry = lookup(HEADS, config.head, kind="head", group=HEAD_GROUP)
-        self.head_class: type[Head] = load(entry)
-        settings = parse_set(config.settings)
-        self.optim = build(OptimConfig, settings.get("optim", {}), where="optim")
         if store.task not in metrics.HEADLINE:
             raise InputError(f"{store.path} is {store.task}: there is nothing to train on")
-        self.loss_name = config.loss or ("bce" if store.task == "multilabel" else "ce")
-        self.loss_class = _loss_class(self.loss_name, store.task)
-        self.loss_config: Any = build(
-            self.loss_class.Config, settings.get("loss", {}), where=f"loss {self.loss_name}"
-        )
-        self.head_config = self._head_config(settings.get("head", {}))
-        _check_metric(self.optim.metric, store.task)
+        parts = Parts(config, store.task)
+        self.head_class, self.head_config = parts.head_class, parts.head_config
+        self.loss_name, self.loss_class = parts.loss, parts.loss_class
+        self.loss_config, self.optim = parts.loss_config, parts.optim
         self.device = pick_device(config.device)
         self.processes = join(self.device)
         self.on_round: OnRound = lambda row: None
@@ -108,15 +97,18 @@ class Setup:
             self.head_config, self.refs, tuple(store.label_set), store.task
         )
         self.label_text = self._label_text()
+        check_room(self._new_head, self.device, self._named())
         trial = self._new_head()
         self.trains = bool(trial.stages())
         self.splits = self.material.splits(self.features, trains=self.trains)
+        self.notes = [*self.splits.notes, *self._idle_settings(parts)]
+        """Lines to say aloud before any work."""
         self.preparation = self._preparation(trial)
-        rows, parts = len(self.splits.train), self.optim.accumulation
+        rows, joined = len(self.splits.train), self.optim.accumulation
         self.batch_size = config.batch_size or default_batch(
-            rows // parts, self.device, trial.largest_batch
+            rows // joined, self.device, trial.largest_batch
         )
-        self.lr = config.lr or default_lr(trial.learning_rate, self.batch_size * parts, rows)
+        self.lr = config.lr or default_lr(trial.learning_rate, self.batch_size * joined, rows)
 
     def described(self) -> str:
         """A line on what is trained on what."""
@@ -155,7 +147,8 @@ class Setup:
     def build(self) -> tuple[Head, Loss]:
         """The head with its inputs' scale and the label priors, and the loss."""
         torch.manual_seed(derive_seed(self.config.seed, _INIT))
-        head = self._new_head().to(self.device)
+        with no_room(self._named()):
+            head = self._new_head().to(self.device)
         loss = self.loss_class(self.loss_config, *self._counts()).to(self.device)
         rows = self.splits.train
         with torch.no_grad():
@@ -312,25 +305,19 @@ class Setup:
             inputs, len(self.store.label_set), self.head_config, label_text=self.label_text
         )
 
-    def _head_config(self, given: dict[str, str]) -> Any:
-        """The head's settings: those given, and those that the loss needs."""
-        head, loss = self.config.head, self.loss_name
-        needed = self.loss_class.head_settings(self.loss_config)
-        known = {f.name for f in fields(self.head_class.Config)}
-        for key, value in needed.items():
-            if key not in known:
-                raise InputError(
-                    f"loss {loss} needs a head with the setting {key}={value}, and {head} has no "
-                    f"{key}; choose a head that `mmc list losses` names for it"
-                )
-        config: Any = build(self.head_class.Config, {**needed, **given}, where=f"head {head}")
-        for key, value in needed.items():
-            if getattr(config, key) != value:
-                raise InputError(
-                    f"head.{key}={getattr(config, key)} does not go with loss {loss}, which needs "
-                    f"{value}; leave it out"
-                )
-        return config
+    def _named(self) -> str:
+        """The head, with what is set of it."""
+        given = [pair for pair in self.config.settings if pair.startswith("head.")]
+        return f"head {self.config.head}" + (f" with {', '.join(given)}" if given else "")
+
+    def _idle_settings(self, parts: Parts) -> list[str]:
+        """A line on each setting that is given and does nothing."""
+        lines = parts.idle()
+        given = [name for name in ("epochs", "lr", "batch_size") if getattr(self.config, name)]
+        if given and not self.trains:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            lines.append(f"warning: {self.config.head} trains nothing, so {options} does nothing")
+        return lines
 
     def _label_text(self) -> Tensor | None:
         """Label texts (C, D) in the label set's order, for a head that wants or takes them."""
@@ -489,20 +476,3 @@ def default_batch(rows: int, device: torch.device, most: int | None = None) -> i
 def default_lr(base: float, batch_size: int, rows: int) -> float:
     """``base`` at 256 samples, scaled gently with the batch that there really is."""
     return base * math.pow(min(batch_size, max(rows, 1)) / LR_BATCH, LR_POWER)
-
-
-def _loss_class(name: str, task: str) -> type[Loss]:
-    loss: type[Loss] = load(lookup(LOSSES, name, kind="loss", group=LOSS_GROUP))
-    if task not in loss.tasks:
-        raise InputError(
-            f"loss {name} is for {' and '.join(sorted(loss.tasks))} tasks, and this one is {task}"
-        )
-    return loss
-
-
-def _check_metric(metric: str | None, task: str) -> None:
-    if metric is not None and metric not in metrics.METRICS[task]:
-        raise InputError(
-            f"optim.metric {metric!r} is not one of a {task} task: "
-            f"{', '.join(metrics.METRICS[task])}"
-        )

@@ -51,7 +51,7 @@ class TrainReport:
             batch_size=setup.batch_size,
             lr=setup.lr,
             resumed=resumed,
-            notes=[*setup.splits.notes, *position.notes],
+            notes=[*setup.notes, *position.notes],
             search=run.search,
         )
 

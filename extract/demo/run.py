@@ -47,6 +47,7 @@ def run_demo(directory: str | Path, *, report: Report = print, seed: int = 0) ->
     """
     directory = Path(directory)
     started = time.perf_counter()
+    report = _warn_once(report)
     record = _claim(directory, seed)
     seconds: dict[str, float] = {}
     for what, make in (("data-set", _make_dataset), ("backbone", _make_backbone)):
@@ -77,6 +78,22 @@ def run_demo(directory: str | Path, *, report: Report = print, seed: int = 0) ->
     seconds["predict"] = _mmc([*predict, "--out", str(out)], report)
     seconds["whole"] = time.perf_counter() - started
     _conclude(directory, found, seconds, best, report)
+
+
+def _warn_once(report: Report) -> Report:
+    """``report`` without the warnings that it was given already: every head gives those of the
+    store.
+    """
+    warned: set[str] = set()
+
+    def tell(line: str) -> None:
+        is_warning = line.lstrip().startswith("warning: ")
+        if line not in warned:
+            report(line)
+        if is_warning:
+            warned.add(line)
+
+    return tell
 
 
 def _claim(directory: Path, seed: int) -> dict[str, Any]:

@@ -238,18 +238,18 @@ def _splits(folder: str, entries: dict[str, Any], warnings: list[str]) -> dict[s
             result[id_] = split
     if unknown:
         warnings.append(
-            f"{len(unknown)} ids of the split files have no entry and are left out, first"
-            f" {shown(unknown[0])}"
+            "ids of the split files without an entry are left out:"
+            f" {len(unknown)}, first {shown(unknown[0])}"
         )
     if twice:
         warnings.append(
-            f"{len(twice)} ids are in several split files, first {shown(twice[0])}: taken as test"
+            f"ids in several split files: {len(twice)}, first {shown(twice[0])}; taken as test"
             " before val before train"
         )
     without = [id_ for id_ in entries if id_ not in result]
     if result and without:
         warnings.append(
-            f"{len(without)} entries are in no split file, first {shown(without[0])}: they have no"
+            f"entries in no split file: {len(without)}, first {shown(without[0])}; they have no"
             " split and are not used for training"
         )
     return result
@@ -262,7 +262,7 @@ def _count_orphans(folder: str, entries: dict[str, Any], warnings: list[str]) ->
         left = sorted(stems - entries.keys())
         if left:
             warnings.append(
-                f"{len(left)} images have no entry and are left out, first {shown(left[0])}.jpg"
+                f"images without an entry are left out: {len(left)}, first {shown(left[0])}.jpg"
             )
 
 

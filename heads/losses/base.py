@@ -88,6 +88,12 @@ class ElementsConfig:
     """``mean`` over the known elements; ``sum`` of them; ``sum_per_sample_mean`` = sum over labels,
     mean over samples."""
 
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing beside the others -> which others."""
+        if self.pos_weight == "cap":
+            return {}
+        return {"pos_weight_cap": f"loss.pos_weight={self.pos_weight}"}
+
     def __post_init__(self) -> None:
         check_cap(self.pos_weight_cap)
 

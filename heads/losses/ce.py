@@ -35,6 +35,12 @@ class CEConfig:
     reduction: ClassReduction = "mean"
     """``mean`` over the known rows, or their ``sum``."""
 
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing beside the others -> which others."""
+        if self.pos_weight == "cap":
+            return {}
+        return {"pos_weight_cap": f"loss.pos_weight={self.pos_weight}"}
+
     def __post_init__(self) -> None:
         check_cap(self.pos_weight_cap)
 

@@ -95,6 +95,8 @@ class Head(nn.Module):
     ``regions``, ``image_places`` and ``image_class`` with ``image_tokens``."""
     min_inputs: ClassVar[int] = 1
     max_inputs: ClassVar[int | None] = None
+    needs_validation: ClassVar[bool] = False
+    """It decides by the validation rows what it keeps, and cannot be trained without any."""
     wants_label_text: ClassVar[bool] = False
     """The label texts of the (one) alias that the head reads are passed to it."""
     takes_label_text: ClassVar[bool] = False

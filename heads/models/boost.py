@@ -53,6 +53,11 @@ class BoostConfig(PooledConfig):
     base_run: dict[str, Any] = field(default_factory=dict)
     """What the base is; recorded by the training, not to be set."""
 
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing beside the others -> which others."""
+        names = () if self.kind == "mlp" else ("hidden", "input_dropout")
+        return dict.fromkeys(names, f"head.kind={self.kind}")
+
     def __post_init__(self) -> None:
         check_least(self, 1, "rounds", "hidden")
         check_shares(self, "input_dropout")
@@ -65,6 +70,7 @@ class Boost(Head):
 
     Config = BoostConfig
     reads = "any"
+    needs_validation = True
     card = (
         "A finished run, frozen and kept inside, and stages trained on what it got wrong; a stage "
         "stayed only if validation was better with it."
@@ -181,12 +187,14 @@ class Boost(Head):
         for parameter, value in zip(layer.parameters(), trained, strict=True):
             parameter.copy_(value)
         after = measure()
+        # The stage's own line tells what it reached before it was shrunk.
+        said = f"shrunk by {self.config.shrinkage:g}: {after:.4f} on val ({before:.4f} without it)"
         if after > before + TIE:
-            return f"kept, {after:.4f} on val ({before:.4f} without it)"
+            return f"kept, {said}"
         for parameter in layer.parameters():
             parameter.zero_()
         self.ended.fill_(True)
-        return f"no better than without it on val ({after:.4f} vs {before:.4f}): dropped"
+        return f"dropped, {said}"
 
     def _load_base(self) -> None:
         """Take in the weights of the base."""

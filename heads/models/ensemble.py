@@ -38,6 +38,10 @@ class EnsembleConfig(PerFieldConfig):
     logarithms, of which the one is taken that does best on halves of the validation rows that it
     was not fitted on."""
 
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing beside the others -> which others."""
+        return {} if self.hidden else {"dropout": "head.hidden=0"}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.spread or not min(self.spread) > 0:
@@ -52,6 +56,7 @@ class Ensemble(PerFieldHead):
     """
 
     Config = EnsembleConfig
+    needs_validation = True
     card = (
         "Each field has a classifier of its own, trained alone; how far a label trusts each field "
         "was chosen on the validation rows."

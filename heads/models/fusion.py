@@ -48,7 +48,7 @@ class FusionConfig:
     normalize: Normalize = "center"
     """Of tokens, per field: ``center`` = unit length, minus the training mean, one scale; ``l2`` =
     unit length times sqrt(D); ``standardize`` = unit length, then each value to mean 0 and variance
-    1; ``none`` = as stored."""
+    1; ``zscore`` = that without unit length; ``none`` = as stored."""
 
     def __post_init__(self) -> None:
         check_least(self, 1, "width", "layers", "heads", "feedforward")

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from mmc.heads.models.base import Batch, Head
 
-Normalize = Literal["center", "l2", "standardize", "none"]
+Normalize = Literal["center", "l2", "standardize", "zscore", "none"]
 
 TINY = 1e-12
 """No vector is taken to be shorter."""
+ROUNDING = 1e-6
+"""Of a value in float32, generously."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ class FieldNorm(nn.Module):
     @property
     def directed(self) -> bool:
         """Whether directions are read; a single number, such as a match score, has none."""
-        return self.mode != "none" and len(self.shift) > 1
+        return self.mode not in ("none", "zscore") and len(self.shift) > 1
 
     def unscaled(self, x_BD: Tensor) -> Tensor:
         """What the moments are taken of: unit vectors, or the values as they are."""
@@ -70,6 +72,12 @@ class FieldNorm(nn.Module):
 
     def fit(self, mean: Tensor, variance: Tensor) -> None:
         """Set shift and scale from the moments (D,) of the training rows."""
+        if self.mode == "zscore":
+            # A value that never changes, but for rounding, says nothing.
+            changes = variance > (mean * ROUNDING).square().clamp(min=TINY**2)
+            self.shift.copy_(mean)
+            self.scale.copy_(torch.where(changes, variance.rsqrt(), 0.0))
+            return
         typical = variance.mean()
         if not typical > 0:
             self.shift.copy_(mean)

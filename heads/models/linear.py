@@ -27,6 +27,10 @@ class LinearConfig(PooledConfig):
     scale: float = 15.0
     """Logits per unit of cosine under ``output=cosine``."""
 
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing beside the others -> which others."""
+        return {} if self.output == "cosine" else {"scale": f"head.output={self.output}"}
+
     def __post_init__(self) -> None:
         if not self.scale > 0:
             raise InputError(f"head.scale must be above 0, got {self.scale}")

@@ -69,6 +69,11 @@ class MLDecoderConfig:
     """File of an official head to start from (.safetensors, .pth); every tensor of it must fit,
     the output layer included where the number of labels is the same."""
 
+    def idle(self) -> dict[str, str]:
+        """Settings that do nothing beside the others -> which others."""
+        name = "groups" if self.queries == "label_text" else "label_budget"
+        return {name: f"head.queries={self.queries}"}
+
     def __post_init__(self) -> None:
         check_least(self, 1, "groups", "heads")
         check_least(self, 0, "width", "feedforward", "label_budget")

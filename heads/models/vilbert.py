@@ -52,7 +52,8 @@ class VilbertConfig:
     normalize: Normalize = "none"
     """Of regions and text tokens: ``none`` = as stored (what official weights expect); ``center`` =
     unit length, minus the training mean, one scale; ``l2`` = unit length times sqrt(D);
-    ``standardize`` = unit length, then each value to mean 0 and variance 1."""
+    ``standardize`` = unit length, then each value to mean 0 and variance 1; ``zscore`` = that
+    without unit length."""
 
     def __post_init__(self) -> None:
         check_shares(self, "dropout")

@@ -11,6 +11,7 @@ What is kept, and by which figure:
 """
 
 import math
+import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -111,7 +112,7 @@ class Search:
     def _trials(self, setting: Setting) -> list[Trial]:
         """The trials of one setting."""
         setup = self._setup(setting, setting.config, self.material)
-        self.notes += setup.splits.notes
+        self.notes += setup.notes
         several = "--seeds" if self.config.seeds else "--folds" if self.config.folds else ""
         if several and not setup.trains:
             raise InputError(f"{setting.config.head} trains nothing: leave out {several}")
@@ -252,10 +253,8 @@ class Search:
             row["std"] = std(scores)
         return row | {
             "val_loss": mean(losses),
-            "epochs_run": sum(
-                result.position.get("train_rows", 0) // max(len(trial.setup.splits.train), 1)
-                for trial, result in zip(trials, results, strict=True)
-            ),
+            # A training's, on average; seconds are of all of them.
+            "epochs_run": round(statistics.fmean(map(_epochs, trials, results)), 1),
             "seconds": round(sum(r.position.get("train_seconds", 0.0) for r in results), 3),
             "error": next((result.error for result in results if result.error), ""),
         }
@@ -295,7 +294,8 @@ class Search:
         setup.measure(run, (unseen.logits, unseen.targets))
         unseen.save(folder)
         rows = [
-            {"fold": trial.repeat, **self._fold_metrics(unseen, trial.repeat)} for trial in chosen
+            {"fold": trial.repeat, **self._fold_metrics(unseen, trial.repeat, run.thresholds.mode)}
+            for trial in chosen
         ]
         together = metrics.evaluate(
             unseen.logits,
@@ -332,12 +332,18 @@ class Search:
             task=self.store.task,
         )
 
-    def _fold_metrics(self, unseen: OutOfFold, fold: int) -> dict[str, Any]:
-        """Metrics of one fold, at the temperature and thresholds that fit the others."""
+    def _fold_metrics(self, unseen: OutOfFold, fold: int, mode: thresholds.Mode) -> dict[str, Any]:
+        """Metrics of one fold, at the temperature and thresholds that fit the others.
+
+        Args:
+            mode: how thresholds are made, that of the run: where one for all labels and one for
+                each are as good, folds would differ in it, and far more in macro-F1 than they do.
+        """
         held = unseen.fold == fold
         scores, truth = unseen.logits[~held], unseen.targets[~held]
         temperature = fit_temperature(scores, truth, unseen.task)
-        cuts = thresholds.tune(probabilities(scores, unseen.task, temperature), truth, unseen.task)
+        p = probabilities(scores, unseen.task, temperature)
+        cuts = thresholds.tune(p, truth, unseen.task, mode=None if mode == "argmax" else mode)
         found = metrics.evaluate(
             unseen.logits[held],
             unseen.targets[held],
@@ -347,6 +353,12 @@ class Search:
             temperature=temperature,
         )
         return {"samples": int(held.sum()), **tables.headline(unseen.task, found)}
+
+
+def _epochs(trial: Trial, result: Result) -> int:
+    """Passes over its training rows."""
+    rows: int = result.position.get("train_rows", 0)
+    return rows // max(len(trial.setup.splits.train), 1)
 
 
 def _result(shelf: Shelf, trial: Trial) -> Result:

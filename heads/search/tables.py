@@ -153,7 +153,18 @@ def _sweep(sweep: Mapping[str, Any], metric: str) -> Rows:
     score = next(key for key in rows[0] if key.endswith(f"_{metric}"))
     ranked = sorted(rows, key=lambda row: (not row["best"], -_or_least(row[score])))
     title = f"{'held-out' if score.startswith('held_out') else 'val'} {metric}"
-    lines = [("", *sweep["keys"], title, "val_loss", "epochs", "seconds")]
+    several = any("std" in row for row in rows)
+    same_loss = not any(key.startswith("loss") for key in sweep["keys"])
+    lines = [
+        (
+            "",
+            *sweep["keys"],
+            title,
+            *(("val_loss",) if same_loss else ()),  # of other losses it says nothing
+            "mean epochs" if several else "epochs",
+            "seconds in all" if several else "seconds",
+        )
+    ]
     for row in ranked[:SHOWN]:
         value = "failed" if row["error"] else _pair(row[score], row.get("std"))
         lines.append(
@@ -161,8 +172,8 @@ def _sweep(sweep: Mapping[str, Any], metric: str) -> Rows:
                 "best" if row["best"] else str(row["setting"]),
                 *(row[key] for key in sweep["keys"]),
                 value,
-                _number(row["val_loss"]),
-                str(row["epochs_run"]),
+                *((_number(row["val_loss"]),) if same_loss else ()),
+                f"{row['epochs_run']:g}",
                 f"{row['seconds']:.1f}",
             )
         )

@@ -1,6 +1,6 @@
 """One mapping of a recipe, read key by key; whatever is wrong is told with its file and line."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -123,13 +123,15 @@ class Section:
         found, self._left = list(self._left.items()), {}
         return found
 
-    def finish(self) -> None:
-        """Raises InputError where a key is left that nobody took."""
+    def finish(self, meant: Callable[[str], str] = lambda key: "") -> None:
+        """Raises InputError where a key is left that nobody took.
+
+        Args:
+            meant: for the message: what the key may be meant for; empty: unknown.
+        """
         for key, node in self._left.items():
-            raise InputError(
-                f"{node.where}: {self.name} has no key {key!r}; "
-                f"{nearest(key, list(dict.fromkeys(self._known)))}"
-            )
+            hint = meant(key) or nearest(key, list(dict.fromkeys(self._known)))
+            raise InputError(f"{node.where}: {self.name} has no key {key!r}; {hint}")
 
 
 def text_of(node: Node, name: str) -> str:

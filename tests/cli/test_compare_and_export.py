@@ -25,11 +25,11 @@ def test_compare_shows_a_table_and_writes_it(mmc: Callable, runs: Path, tmp_path
     result = mmc("compare", runs, "--csv", tmp_path / "runs.csv")
     assert result.code == 0, result.err
     lines = result.out.splitlines()
-    assert lines[0].startswith("run ")
-    assert {line.split()[0] for line in lines[1:3]} == {str(runs / "both"), str(runs / "text")}
+    assert lines[1].startswith("run ")
+    assert {line.split()[0] for line in lines[2:4]} == {"both", "text"}
     with (tmp_path / "runs.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["run"] for row in rows] == [line.split()[0] for line in lines[1:3]]
+    assert [row["run"] for row in rows] == [str(runs / line.split()[0]) for line in lines[2:4]]
     assert all(int(row["epochs"]) > 0 and float(row["rate"]) > 0 for row in rows)
     record = mmc("compare", runs / "both", runs / "text", "--json").json()
     assert [row["run"] for row in record["rows"]] == [row["run"] for row in rows]

@@ -121,9 +121,9 @@ def test_splits_and_what_they_do_not_agree_with(tmp_path):
     samples = read_source(make(tmp_path / "x", splits=splits))
     assert samples.table["split"].to_pylist() == ["val", "test", "train", "val", "test", ""]
     told = " ".join(samples.warnings)
-    assert "1 ids of the split files have no entry" in told
-    assert "2 ids are in several split files" in told
-    assert "1 entries are in no split file" in told
+    assert "ids of the split files without an entry are left out: 1, first" in told
+    assert "ids in several split files: 2, first" in told
+    assert "entries in no split file: 1, first" in told
 
 
 def test_images_and_words_that_are_not_there(tmp_path):
@@ -134,7 +134,7 @@ def test_images_and_words_that_are_not_there(tmp_path):
     assert samples.table["img_text"].to_pylist() == ["SALE", None, None, None, None, None]
     assert samples.table["text"].to_pylist()[:2] == ["tweet 1 [SEP] SALE", "tweet 2 [SEP] "]
     told = " ".join(samples.warnings)
-    assert "1 images have no entry and are left out, first 123.jpg" in told
+    assert "images without an entry are left out: 1, first 123.jpg" in told
     assert "1 files of img_txt cannot be read" in told
     assert "1 of 6 images are not there" in told
     assert samples.source["counts"]["missing_images"] == 1
@@ -194,5 +194,5 @@ def test_the_shared_set(shared_data):
     assert samples.source["counts"]["splits"] == {"test": 10, "train": 42, "val": 8}
     # By hand: 8 of three different votes, 2 of two votes; one vote and five (3 to 2) decide.
     assert samples.source["counts"]["labelled"] == 50
-    assert any("1 images have no entry" in line for line in samples.warnings)
+    assert any("images without an entry are left out: 1" in line for line in samples.warnings)
     assert samples.table["img_text"].null_count == 36

@@ -84,9 +84,13 @@ def test_the_table_says_what_the_runs_recorded(
     assert not found.warnings
     text = format_comparison(found).splitlines()
     value = f"{better.metrics['val'][headline]:.4f}*"
-    assert value in text[1]
-    assert value not in text[2]
-    assert "set" not in text[0].split()
+    assert text[0].split() == ["val", "test"]
+    assert text[2].startswith("b ")
+    assert value in text[2]
+    assert value not in text[3]
+    assert "set" not in text[1].split()
+    assert text[-1].endswith(f"the runs are in {tmp_path / 'runs'}")
+    assert max(map(len, text[:-1])) <= 100
     json.dumps(found.to_json(), allow_nan=False)
 
 
@@ -138,7 +142,7 @@ def test_what_may_not_be_compared_is_told_apart(
     assert found.best[sets["other task"]] == {}  # alone, so nothing to be best of
     text = format_comparison(found)
     assert "within its set" in text
-    assert text.splitlines()[0].split()[:3] == ["run", "set", "head"]
+    assert text.splitlines()[1].split()[:3] == ["run", "set", "mAP"]
 
 
 def test_equal_rows_in_another_order_are_the_same_rows(

@@ -11,9 +11,14 @@ import pandas as pd
 import pytest
 import torch
 from sklearn.base import clone
-from sklearn.datasets import make_classification
+from sklearn.datasets import load_iris, load_wine, make_classification
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, cross_val_predict, cross_val_score
+from sklearn.model_selection import (
+    GridSearchCV,
+    cross_val_predict,
+    cross_val_score,
+    train_test_split,
+)
 from sklearn.multioutput import MultiOutputClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -26,7 +31,7 @@ from mmc.heads.options import TrainConfig
 from mmc.heads.predict import predict
 from mmc.heads.trainer import train
 from mmc.store import EmbeddingStore
-from mmc.store.errors import InputError, RowsNotDoneError
+from mmc.store.errors import InputError, MmcError, RowsNotDoneError
 
 QUICK = {"epochs": 8, "batch_size": 64, "lr": 0.1}
 FIELDS = ("clip/image", "clip/text")
@@ -135,6 +140,53 @@ def test_linear_is_as_good_as_logistic_regression():
     ours = classifier.fit(X[:1000], y[:1000]).score(X[1000:], y[1000:])
     assert reference > 0.75
     assert ours > reference - 0.01
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+@pytest.mark.parametrize("load", [load_iris, load_wine])
+def test_small_tables_are_learned_as_they_are(load, head):
+    """Columns of other scales than embeddings', and too few rows to hold some out."""
+    X, X_test, y, y_test = train_test_split(
+        *load(return_X_y=True), test_size=0.5, random_state=0, stratify=load(return_X_y=True)[1]
+    )
+    reference = make_pipeline(StandardScaler(), LogisticRegression()).fit(X, y)
+    expected = reference.score(X_test, y_test)
+    assert expected > 0.9
+    assert HeadClassifier(head).fit(X, y).score(X_test, y_test) > expected - 0.05
+
+
+def test_rows_are_held_out_where_they_are_many_or_needed():
+    random = np.random.default_rng(0)
+    X, y = random.normal(size=(60, 40)), np.arange(60) % 2
+    whole = HeadClassifier(**QUICK).fit(X, y)
+    assert whole.run_.metrics == {}
+    assert [row["val_loss"] for row in whole.run_.history] == [None] * len(whole.run_.history)
+    assert whole.run_.training["epochs"] == QUICK["epochs"]
+    assert "Not measured" in render(whole.run_)
+    part = HeadClassifier(validation_fraction=0.25, **QUICK).fit(X, y)
+    assert part.run_.metrics["val"]["samples"] == 15
+    several = HeadClassifier(**QUICK).fit(X, np.eye(3)[np.arange(60) % 3])
+    assert several.run_.metrics["val"]["samples"] == 6
+    staged = HeadClassifier("boost", **QUICK).fit({"image": X}, y)
+    assert staged.run_.metrics["val"]["samples"] == 6
+    many = HeadClassifier(epochs=1, batch_size=4096).fit(np.tile(X, (200, 1)), np.tile(y, 200))
+    assert many.run_.metrics["val"]["samples"] == 1200
+
+
+def test_what_is_a_table_and_what_an_embedding():
+    random = np.random.default_rng(0)
+    y = np.arange(60) % 2
+    wide = random.normal(size=(60, 40))
+    loud = wide * np.where(np.arange(40) == 7, 100, 1)
+
+    def settings(X, **more):
+        run = HeadClassifier("mlp", **QUICK, **more).fit(X, y).run_
+        return [run.head_config[name] for name in ("normalize", "input_dropout")]
+
+    assert settings(wide) == settings({"image": wide[:, :5]}) == ["center", 0.4]
+    assert settings(wide[:, :5]) == settings(loud) == ["zscore", 0.0]
+    chosen = {"head.normalize": "l2", "head.input_dropout": 0.2}
+    assert settings(loud, settings=chosen) == ["l2", 0.2]
 
 
 def two_modalities(n: int = 500, width: int = 6) -> tuple[Fields, np.ndarray]:
@@ -267,7 +319,7 @@ def test_predictions_follow_the_tuned_threshold():
     random = np.random.default_rng(0)
     y = (random.random(3000) < 0.08).astype(int)
     X = y[:, None] * 1.2 + random.normal(size=(3000, 4))
-    settings = {"head.normalize": "none"}
+    settings = {"head.normalize": "none", "optim.weight_decay": 1.0}
     classifier = HeadClassifier(settings=settings, validation_fraction=0.3, **QUICK).fit(X, y)
     [threshold] = classifier.run_.thresholds.values
     assert threshold < 0.45
@@ -379,7 +431,7 @@ HOLE = np.where(np.arange(40) == 7, np.nan, GOOD.T).T
         ({}, GOOD, [["a"], ["a", "b"]] * 20, "MultiLabelBinarizer"),
         ({}, GOOD, [["a"]] * 40, "MultiLabelBinarizer"),
         ({}, GOOD, np.full((40, 2), 3), "must hold 0 and 1"),
-        ({}, GOOD[:2], BINARY[:2], "too few to hold some out"),
+        ({"validation_fraction": 0.1}, GOOD[:2], BINARY[:2], "too few to hold some out"),
         ({"head": "routr"}, GOOD, BINARY, "unknown head 'routr'; did you mean router"),
         ({"head": "router"}, GOOD, BINARY, "give X as a dictionary of arrays"),
         ({"head": "router"}, {"image": GOOD}, BINARY, "router needs 2 or more fields"),
@@ -390,6 +442,19 @@ HOLE = np.where(np.arange(40) == 7, np.nan, GOOD.T).T
         ({"settings": {"nope": 1}}, GOOD, BINARY, "group.key=value"),
         ({"settings": ["head.hidden=1"]}, GOOD, BINARY, "settings must be a dictionary"),
         ({"validation_fraction": 0}, GOOD, BINARY, "validation_fraction must be above 0"),
+        ({"validation_fraction": "a lot"}, GOOD, BINARY, "validation_fraction must be above 0"),
+        (
+            {"head": "boost", "validation_fraction": None},
+            {"image": GOOD},
+            BINARY,
+            "boost decides by held-out rows",
+        ),
+        ({"lr": "fast"}, GOOD, BINARY, "HeadClassifier setting lr='fast' is not a number"),
+        ({"epochs": 2.5}, GOOD, BINARY, "epochs=2.5 is not a whole number"),
+        ({"head": 3}, GOOD, BINARY, "head=3 is not a text"),
+        ({"head": "mlp", "settings": {"head.hidden": 10**12}}, GOOD, BINARY, "are free; make it"),
+        ({"head": "mlp", "settings": {"head.hidden": 10**18}}, GOOD, BINARY, "hidden=10+,"),
+        ({"head": "mlp", "settings": {"head.hidden": 10**20}}, GOOD, BINARY, "fit into memory"),
         ({"lr": -1.0}, GOOD, BINARY, "lr must be above 0"),
     ],
 )
@@ -397,6 +462,11 @@ def test_what_cannot_be_fitted_is_said_in_one_line(parameters, X, y, says):
     with pytest.raises(ValueError, match=says) as raised:
         HeadClassifier(**parameters).fit(X, y)
     assert "\n" not in str(raised.value)
+
+
+def test_a_training_that_diverges_is_said_though_nothing_validates():
+    with pytest.raises(MmcError, match="the training diverged: its loss is not finite"):
+        HeadClassifier(lr=1e38, epochs=3).fit(GOOD, BINARY)
 
 
 def test_what_does_not_go_with_what_was_fitted():

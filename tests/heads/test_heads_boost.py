@@ -89,7 +89,7 @@ def test_it_learns_what_its_linear_base_cannot(tmp_path, task):
     assert report.metrics["test"][name] > base.metrics["test"][name] + 0.1
     assert report.metrics["test"][name] > 0.9
     assert report.metrics["val"][name] >= base.metrics["val"][name]
-    said = [line for line in lines if line.startswith("stage 1: kept, ")]
+    said = [line for line in lines if line.startswith("stage 1: kept, shrunk by 1: ")]
     assert said
     assert said[0] in report.notes
 
@@ -100,8 +100,7 @@ def test_a_stage_that_does_not_help_is_dropped_and_nothing_changes(tmp_path):
     store = make_store(tmp_path / "store", {"c/image": values}, truth)
     base = train(store, tmp_path / "base", config("linear"))
     report = train(store, tmp_path / "run", config("boost", f"head.base={tmp_path / 'base'}"))
-    assert report.notes[-1].startswith("stage 1: no better than without it on val (")
-    assert report.notes[-1].endswith("): dropped")
+    assert report.notes[-1].startswith("stage 1: dropped, shrunk by 0.5: ")
     assert {row["stage"] for row in report.run.history} == {"stage 1"}  # and none is tried again
     rows = store.rows(split="test")
     assert torch.equal(logits(report.run, store, rows), logits(base.run, store, rows))
@@ -130,13 +129,13 @@ def test_a_kept_stage_is_shrunk_and_a_dropped_one_adds_exactly_nothing():
         assert (both - head.prior - first).abs().max() > 0.1
         values = iter([0.4, 0.5])
         said = head.stages()[0].finish(lambda: next(values))
-        assert said == "kept, 0.5000 on val (0.4000 without it)"
+        assert said == "kept, shrunk by 0.25: 0.5000 on val (0.4000 without it)"
         torch.testing.assert_close(head.stages()[0].score(prepared) - head.prior, first / 4)
         assert head.stages()[1].needed()
         kept = head.stages()[0].score(prepared)
         values = iter([0.5, 0.5])
         said = head.stages()[1].finish(lambda: next(values))
-        assert said == "no better than without it on val (0.5000 vs 0.5000): dropped"
+        assert said == "dropped, shrunk by 0.25: 0.5000 on val (0.5000 without it)"
         assert torch.equal(head(batch), kept)
     assert not head.stages()[1].needed()
 

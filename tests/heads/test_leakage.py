@@ -97,7 +97,7 @@ def test_a_head_that_trains_nothing_has_seen_nothing(store: EmbeddingStore) -> N
         ({"image": 1200}, "1,200 have the image of a training sample"),
         (
             {"image": 1, "text": 2, "image and text": 0},
-            "1 have the image and 2 the text of a training sample",
+            "1 has the image and 2 the text of a training sample",
         ),
     ],
 )

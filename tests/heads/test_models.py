@@ -48,6 +48,16 @@ def test_standardize_gives_every_value_of_unit_vectors_mean_zero_and_variance_on
     torch.testing.assert_close(fitted("standardize", x)(7 * x), z)  # lengths do not matter
 
 
+def test_zscore_gives_columns_of_any_scale_mean_zero_and_variance_one():
+    x = features(100, 4) * torch.tensor([1e-3, 1.0, 1e4, 0.0]) + torch.tensor([5.0, 0, -3e4, 7])
+    z = fitted("zscore", x)(x)
+    torch.testing.assert_close(z.mean(0), torch.zeros(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        z.var(0, correction=0), torch.tensor([1.0, 1, 1, 0]), atol=1e-3, rtol=0
+    )
+    assert (fitted("zscore", x)(x + 1)[:, 3] == 0).all()  # it never changed, so it says nothing
+
+
 def test_l2_needs_no_training_rows():
     norm = InputNorm({"image": (6,)}, "l2")
     norm.fit(iter(()))
@@ -60,7 +70,7 @@ def test_none_leaves_values_alone():
     assert torch.equal(fitted("none", x)(x), x)
 
 
-@pytest.mark.parametrize("mode", ["center", "l2", "standardize", "none"])
+@pytest.mark.parametrize("mode", ["center", "l2", "standardize", "zscore", "none"])
 def test_constant_and_zero_features_stay_finite(mode):
     x = torch.zeros(40, 3)
     x[:, 1] = 5
@@ -68,7 +78,7 @@ def test_constant_and_zero_features_stay_finite(mode):
     assert fitted(mode, x[:1].expand(40, -1))(x).isfinite().all()
 
 
-@pytest.mark.parametrize("mode", ["center", "l2", "standardize", "none"])
+@pytest.mark.parametrize("mode", ["center", "l2", "standardize", "zscore", "none"])
 def test_what_is_stored_is_never_written_to(mode):
     """Sums are done in place, in memory that must be the head's own."""
     x = features(40, 6)

@@ -73,6 +73,8 @@ def test_decisions_can_be_forced(make_store: MakeStore, make_run: MakeRun) -> No
     assert (top.sum(1) == 2).all()
     with pytest.raises(InputError, match="--top-k must be 1 or more, got 0"):
         PredictConfig(top_k=0)
+    with pytest.raises(InputError, match="leave --at-least-one out"):
+        PredictConfig(top_k=2, at_least_one=True)
 
 
 def test_other_features_are_refused(make_store: MakeStore, make_run: MakeRun) -> None:

@@ -1,6 +1,7 @@
 """Settings, the learning rate over time, and the small parts of the optimiser."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -17,14 +18,15 @@ from mmc.heads.optim import (
     trained_parameters,
 )
 from mmc.heads.options import OptimConfig, TrainConfig, parse_set
+from mmc.heads.training import Setup
 from mmc.store.config import build, field_docs
 from mmc.store.errors import InputError
 
 # -- settings --------------------------------------------------------------------------------------
 
 
-def test_settings_are_grouped_and_the_last_wins():
-    pairs = ["head.hidden=512", "optim.weight_decay=0.1", "head.hidden=64", "loss.x = a=b "]
+def test_settings_are_grouped():
+    pairs = ["optim.weight_decay=0.1", "head.hidden=64", "loss.x = a=b "]
     assert parse_set(pairs) == {
         "head": {"hidden": "64"},
         "optim": {"weight_decay": "0.1"},
@@ -36,6 +38,64 @@ def test_settings_are_grouped_and_the_last_wins():
 def test_settings_of_another_form(pair):
     with pytest.raises(InputError, match=r"write group\.key=value"):
         parse_set([pair])
+
+
+@pytest.mark.parametrize(
+    ("head", "setting", "says"),
+    [
+        ("linear", "lr=0.1", "--set lr=0.1: did you mean the option --lr?"),
+        ("linear", "batch_size=8", "did you mean the option --batch-size?"),
+        ("linear", "weight_decay=0.1", "did you mean optim.weight_decay?"),
+        ("mlp", "hidden=512", "--set hidden=512: did you mean head.hidden?"),
+        ("linear", "hidden=512", "write group.key=value"),
+    ],
+)
+def test_a_setting_without_its_group_is_found(head, setting, says):
+    with pytest.raises(InputError, match=re.escape(says)):
+        TrainConfig(head=head, settings=(setting,))
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("optim.lr=0.1", "optim has no setting 'lr'; did you mean the option --lr?"),
+        ("optim.hidden=8", "optim has no setting 'hidden'; did you mean head.hidden?"),
+        ("head.weight_decay=8", "head mlp has no setting 'weight_decay'; did you mean optim.weig"),
+        ("loss.normalize=none", "loss bce has no setting 'normalize'; did you mean head.normal"),
+        ("head.hiden=8", "head mlp has no setting 'hiden'; did you mean hidden"),
+    ],
+)
+def test_a_setting_of_another_part_is_found(make_store, setting, says):
+    with pytest.raises(InputError, match=re.escape(says)):
+        Setup(make_store(), TrainConfig(head="mlp", settings=(setting,)))
+
+
+def test_a_setting_that_is_given_twice_is_refused():
+    with pytest.raises(InputError, match=r"--set head\.hidden is given twice"):
+        TrainConfig(head="mlp", settings=("head.hidden=8", "head.hidden=16"))
+
+
+@pytest.mark.parametrize(
+    ("head", "settings", "idle"),
+    [
+        ("linear", ("head.scale=20",), "head.scale=20.0 does nothing with head.output=linear"),
+        ("linear", ("head.scale=20", "head.output=cosine"), ""),
+        ("linear", ("loss.pos_weight_cap=5",), "loss.pos_weight_cap=5.0 does nothing with loss.po"),
+        ("linear", ("loss.pos_weight_cap=5", "loss.pos_weight=cap"), ""),
+        ("linear", ("optim.min_lr=1e-5",), "optim.min_lr=1e-05 does nothing with optim.schedule=c"),
+        ("linear", ("optim.min_lr=1e-5", "optim.schedule=plateau"), ""),
+        ("ensemble", ("head.dropout=0.5",), "head.dropout=0.5 does nothing with head.hidden=0"),
+        ("ensemble", ("head.dropout=0.5", "head.hidden=8"), ""),
+        ("router", ("head.dropout=0.5",), ""),  # its router has a hidden layer
+        ("boost", ("head.kind=linear", "head.hidden=8"), "head.hidden=8 does nothing with head.ki"),
+        ("boost", ("head.hidden=8",), ""),
+    ],
+)
+def test_a_setting_that_does_nothing_is_told(make_store, head, settings, idle):
+    notes = Setup(make_store(), TrainConfig(head=head, settings=settings)).notes
+    found = [note.removeprefix("warning: ") for note in notes if "does nothing" in note]
+    assert len(found) == bool(idle)
+    assert all(line.startswith(idle) for line in found)
 
 
 def test_settings_of_an_unknown_group():
@@ -233,6 +293,7 @@ def test_the_metric_decides_and_the_loss_breaks_ties():
     assert not at.improves(0.5, 1.1)
     assert at.improves(math.nan, 0.9)
     assert not at.improves(math.nan, 1.0)
+    assert at.improves(math.nan, math.nan)  # on no rows at all the latest is the best
 
 
 def test_differences_name_the_leaf():
