@@ -355,16 +355,22 @@ def train_head_command(
       mmc train-head my.store my.run --head mlp --set head.hidden=1024 --set loss.pos_weight=auto
       mmc train-head my.store my.run --sweep lr=1e-4,3e-4,1e-3 --sweep loss=bce,asl --folds 5
     """
+    from mmc.heads.options import check_names
+    from mmc.store import EmbeddingStore
+
+    # What is wrong with these is said before torch is loaded, which takes seconds.
+    config = build(TrainConfig, settings | {"settings": tuple(set_ or ())}, where="mmc train-head")
+    check_names(config)
+    opened = EmbeddingStore.open(store)
+
     from mmc.extract.progress import Progress
     from mmc.heads.evaluate import format_table
     from mmc.heads.launch import is_main
     from mmc.heads.search.tables import text
     from mmc.heads.trainer import train
-    from mmc.store import EmbeddingStore
 
-    config = build(TrainConfig, settings | {"settings": tuple(set_ or ())}, where="mmc train-head")
     with Progress() as progress:
-        report = train(EmbeddingStore.open(store), run, config, report=_say, progress=progress)
+        report = train(opened, run, config, report=_say, progress=progress)
     if not is_main():  # one of several processes: the main one prints
         return
     if json_output:

@@ -20,6 +20,9 @@ from mmc.store.schema import DONE, Provenance
 PROVENANCE = Provenance(identity=ARRAYS, context={"spec": "arrays"})
 """Who made an array is not known."""
 
+FIELD = "x"
+"""What an X that is one array is called."""
+
 Rows = npt.NDArray[np.int64]
 
 

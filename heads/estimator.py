@@ -18,42 +18,29 @@ from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from mmc.heads import memory
-from mmc.heads.arraystore import ArrayStore, fields_of
+from mmc.heads.arraystore import FIELD, ArrayStore, fields_of
 from mmc.heads.artifact import Run
 from mmc.heads.classes import Classes
-from mmc.heads.featureref import ARRAYS_ALIAS
 from mmc.heads.fields import Fields, as_fields
 from mmc.heads.holdout import hold_out
-from mmc.heads.material import Material
 from mmc.heads.models import GROUP, HEADS
 from mmc.heads.models.base import Head
 from mmc.heads.options import PredictConfig, TrainConfig
 from mmc.heads.parameters import config_of, nested, params_of, split_nested
 from mmc.heads.predict import Predictions, aligned_targets, default_split, predict
-from mmc.heads.splits import Splits
+from mmc.heads.smalldata import for_tables, whole
 from mmc.heads.storerows import StoreRows
 from mmc.heads.trainer import stage_lines
 from mmc.heads.training import Setup
 from mmc.heads.trainreport import effort
 from mmc.store import EmbeddingStore
-from mmc.store.config import settable
 from mmc.store.errors import InputError, RowsNotDoneError
 from mmc.store.registry import load, lookup
 
 Array = npt.NDArray[Any]
 
-FIELD = "x"
-"""What an X that is one array is called."""
 MANY_ROWS = 10_000
 """From so many on, a tenth can be spared; scikit-learn's gradient boosting has the same limit."""
-NARROW = 32
-"""Columns; no embedding has fewer."""
-LOUD = 0.5
-"""Share of the variance that one value of an embedding does not have."""
-TABLE = {"head.normalize": "zscore", "head.input_dropout": "0.0", "optim.weight_decay": "0.1"}
-"""Settings for a table; those of embeddings would ignore what one of a few columns says. Measured
-with 5 folds of iris, wine and breast cancer: linear .947, .983, .977, mlp .967, .983, .979,
-logistic regression on standardised columns .960, .983, .979."""
 
 
 class HeadClassifier(ClassifierMixin, BaseEstimator):
@@ -185,7 +172,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
             config = replace(
                 config,
                 features=store.full_names(config.features),
-                settings=(*config.settings, *_for_tables(config, store)),
+                settings=(*config.settings, *for_tables(config, store)),
             )
         # Building heads draws random numbers, and the engine sets seeds: the caller's stay.
         with torch.random.fork_rng([]):
@@ -394,7 +381,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         """What `mmc.heads.trainer.train` does, without a folder."""
         started = time.perf_counter()
         say: Callable[[str], None] = print if self.verbose else lambda line: None
-        setup = Setup(store, config, _material(store))
+        setup = Setup(store, config, whole(store))
         for line in setup.notes:
             say(line)
         head, loss = setup.build()
@@ -439,28 +426,6 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
                 "the rows that have: store.rows(features=[...])"
             )
         return found
-
-
-def _material(store: Any) -> Material | None:
-    """All rows to train on, of arrays of which none are held out."""
-    if not isinstance(store, ArrayStore) or len(store.rows(split="val")):
-        return None
-    none = np.zeros(0, np.int64)
-    return Material(store, Splits(train=store.rows(labelled=True), val=none, test=none))
-
-
-def _for_tables(config: TrainConfig, store: ArrayStore) -> tuple[str, ...]:
-    """The settings that a table of measurements wants, but those that the user has chosen."""
-    if store.features != (f"{ARRAYS_ALIAS}/{FIELD}",):
-        return ()
-    X = store[store.features[0]].take(slice(None))
-    variance = X.var(0, dtype=np.float64)
-    if X.ndim != 2 or (X.shape[1] >= NARROW and variance.max() <= LOUD * variance.sum()):
-        return ()
-    head: type[Head] = load(lookup(HEADS, config.head, kind="head", group=GROUP))
-    known = [f"head.{name}" for name in settable(head.Config)] + ["optim.weight_decay"]
-    given = {pair.partition("=")[0] for pair in config.settings}
-    return tuple(f"{k}={v}" for k, v in TABLE.items() if k in known and k not in given)
 
 
 def _checked_head(name: str, fields: Fields) -> type[Head]:

@@ -225,6 +225,18 @@ def configs_of(head: str, loss: str | None) -> Configs:
     return {**found, "optim": OptimConfig}
 
 
+def check_names(config: TrainConfig) -> None:
+    """Raise InputError unless its head and its loss are known; imports neither."""
+    from mmc.heads.losses import GROUP as LOSS_GROUP
+    from mmc.heads.losses import LOSSES
+    from mmc.heads.models import GROUP as HEAD_GROUP
+    from mmc.heads.models import HEADS
+
+    lookup(HEADS, config.head, kind="head", group=HEAD_GROUP)
+    if config.loss is not None:
+        lookup(LOSSES, config.loss, kind="loss", group=LOSS_GROUP)
+
+
 def parse_set(
     pairs: Iterable[str], configs: Callable[[], Configs] = lambda: {"optim": OptimConfig}
 ) -> dict[str, dict[str, str]]:

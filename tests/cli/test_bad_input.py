@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 
@@ -59,6 +62,9 @@ def test_unknown_backbone_gives_the_nearest(mmc: Callable, dataset, tmp_path, sp
         (("--head", "router", "--features", "image=clip/image"), "2"),
         (("--head", "linear", "--set", "head.hiden=3"), "hiden"),
         (("--head", "linear", "--set", "nonsense"), "nonsense"),
+        (("--head", "linear", "--set", "lr=0.1"), "did you mean the option --lr?"),
+        (("--head", "mlp", "--set", "hidden=8"), "did you mean head.hidden?"),
+        (("--head", "mlp", "--set", "head.hidden=1000000000000"), "make it smaller"),
         (("--head", "linear", "--lr", "inf"), "lr"),
         (("--head", "linear", "--features", ""), "--features is empty"),
         (("--head", "linear", "--lr", "-1"), "lr"),
@@ -69,6 +75,52 @@ def test_train_head(mmc: Callable, trained, tmp_path, args, says):
     assert result.code == 2, result.err
     assert says in result.error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("nowhere.store",), "no store at nowhere.store"),
+        (("nowhere.store", "--head", "liner"), "did you mean linear"),
+        (("nowhere.store", "--loss", "bec"), "did you mean bce?"),
+        (("nowhere.store", "--set", "lr=1"), "did you mean the option --lr?"),
+    ],
+)
+def test_what_is_wrong_at_first_sight_is_said_before_torch_is_loaded(tmp_path, args, says):
+    code = (
+        "import sys; from mmc.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as stop: sys.exit(3 if 'torch' in sys.modules else stop.code)"
+    )
+    store, *options = args
+    command = [sys.executable, "-c", code, "train-head", store, "run", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+
+
+def test_a_run_on_arrays_is_for_arrays(mmc: Callable, trained, tmp_path):
+    from mmc.heads import HeadClassifier
+
+    X, y = np.random.default_rng(0).normal(size=(40, 5)), np.arange(40) % 2
+    run = HeadClassifier(epochs=1).fit(X, y).save(tmp_path / "run")
+    for command in (
+        ("predict", run, trained[0], "--out", tmp_path / "p.csv"),
+        ("evaluate", run, trained[0]),
+    ):
+        result = mmc(*command)
+        assert result.code == 2
+        assert "trained on arrays" in result.error
+        assert "HeadClassifier.load(RUN).predict(X)" in result.error
+
+
+def test_a_label_that_is_there_twice_is_said_with_its_line(mmc: Callable, trained, tmp_path):
+    labels = tmp_path / "labels.txt"
+    labels.write_text("one\n\ntwo\none\n", encoding="utf-8")
+    out = ("--out", tmp_path / "p.csv")
+    result = mmc("predict", trained[1], trained[0], "--labels", labels, *out)
+    assert result.code == 2
+    assert "labels.txt, line 4: 'one' is there twice, first in line 1" in result.error
 
 
 def test_a_store_that_is_not_a_store(mmc: Callable, dataset, tmp_path):

@@ -321,6 +321,16 @@ evaluate: {{runs: better}}
     }
 
 
+def test_a_warning_of_the_store_is_given_once(mmc: Callable, trained, tmp_path):
+    recipe = tmp_path / "heads.yaml"
+    idle = "set: {optim.min_lr: 1e-5}"
+    heads = f"  linear: {{epochs: 1, {idle}}}\n  mlp: {{epochs: 1, {idle}}}\n"
+    recipe.write_text(f"store: {trained[0]}\nheads:\n{heads}", encoding="utf-8")
+    result = mmc("run", recipe)
+    assert result.code == 0, result.err
+    assert result.err.count("optim.min_lr=1e-05 does nothing") == 1
+
+
 def test_heads_alone_on_a_store_that_is_there(mmc: Callable, trained, tmp_path):
     recipe = tmp_path / "heads.yaml"
     heads = "  linear: {epochs: 1}\n  zero_shot: {features: clip/text}\n"
@@ -351,7 +361,18 @@ BAD = [
     ),
     ("head.hidden: 8", "head.hiden: 8", ":14: heads.second.set: head mlp has no setting 'hiden'"),
     ("head.hidden: 8", "head.hidden: -8", ":14: heads.second.set: head.hidden must be"),
-    ("head.hidden: 8", "hidden: 8", ":14: heads.second.set: hidden: write head.KEY"),
+    ("head.hidden: 8", "hidden: 8", ":14: heads.second.set: hidden: did you mean head.hidden?"),
+    ("head.hidden: 8", "nope: 8", ":14: heads.second.set: nope: write head.KEY"),
+    ("head.hidden: 8", "lr: 0.1", "set: lr: did you mean the key lr, beside `set`?"),
+    ("head.hidden: 8", "optim.lr: 0.1", "'lr'; did you mean the key lr, beside `set`?"),
+    (
+        "epochs: 2",
+        "weight_decay: 2",
+        ":9: heads.linear has no key 'weight_decay'; did you mean optim.weight_decay under `set`?",
+    ),
+    ("  second:", "  Linear:", ":10: heads.Linear: 'Linear' and 'linear' are one folder"),
+    ("  second:", "  nul.run:", ":10: heads.nul.run: 'nul.run' cannot name a folder on Windows"),
+    ("  second:", "  ..:", ":10: heads...: run '..' cannot name a folder"),
     ("head.hidden: 8", "loss.gama: 8", ":14: heads.second.set: loss ce has no setting 'gama'"),
     ("head.hidden: 8", "head.hidden: {a: b}", ":14: heads.second.set.head.hidden holds keys"),
     ("    set:\n      head.hidden: 8", "    set: {head.base: third}", "'third' is no run of this"),

@@ -452,6 +452,21 @@ def test_every_sample_is_predicted_once_by_a_head_that_has_not_seen_it(
     assert report.features == {"image": "clip/image", "text": "clip/text"}
 
 
+def test_thresholds_of_all_folds_are_made_in_one_way(make_store: Callable, tmp_path, monkeypatch):
+    """One for all labels or one for each by a hair: folds would differ in that alone."""
+    from mmc.heads import thresholds
+
+    asked, tune = [], thresholds.tune
+
+    def seen(*args, **more):
+        asked.append(more.get("mode"))
+        return tune(*args, **more)
+
+    monkeypatch.setattr(thresholds, "tune", seen)
+    run = train(make_store(n=120, noise=1.0), tmp_path / "run", config(folds=3, epochs=3)).run
+    assert asked == [None, *[run.thresholds.mode] * 3]
+
+
 def test_a_head_that_learns_by_heart_is_found_out(make_store: Callable, tmp_path):
     """Labels of pure noise: out of fold nothing is better than chance."""
     store, by_heart = make_store(n=160, noise=60.0), ("head.hidden=64", "head.input_dropout=0")

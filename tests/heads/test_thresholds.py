@@ -294,3 +294,15 @@ def test_json_round_trip() -> None:
     p, targets = problem(300, 3, 10)
     found = tune(p, targets, "multilabel")
     assert Thresholds.from_json(found.to_json()) == found
+
+
+def test_a_way_may_be_asked_for():
+    torch.manual_seed(0)
+    truth = (torch.rand(400, 3) < 0.3).to(torch.int8)
+    noise = torch.rand(400, 3) * 0.3
+    p = truth * torch.tensor([0.1, 0.3, 0.5]) + noise + torch.tensor([0.0, 0.2, 0.4])
+    free = tune(p.clamp(0, 1), truth, "multilabel")
+    assert free.mode == "per_label"
+    common = tune(p.clamp(0, 1), truth, "multilabel", mode="global")
+    assert (common.mode, len(set(common.values))) == ("global", 1)
+    assert common.held_out == {"global": free.held_out["global"]}
