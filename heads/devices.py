@@ -49,7 +49,7 @@ def seed_all(seed: int, device: torch.device) -> None:
     """Seed what is drawn from on ``device``.
 
     Where CUDA has not been used yet, `torch.manual_seed` notes each call and where it came from, to
-    make up for it later: a thousand small epochs took half as long again.
+    make up for it later.
     """
     if device.type == "cpu":
         torch.default_generator.manual_seed(seed)
