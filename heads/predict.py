@@ -66,7 +66,7 @@ class Predictor:
         store: "EmbeddingStore",
         *,
         device: str | torch.device = "auto",
-        batch_bytes: int = BLOCK_BYTES,
+        batch_bytes: int | None = None,
     ) -> None:
         self.run, self.store = run, store
         self.features = {role: store[name] for role, name in run.resolve_features(store).items()}
@@ -75,7 +75,7 @@ class Predictor:
         self.head = run.build_head(self.device)
         width = sum(int(np.prod(f.shape[1:])) for f in self.features.values())
         row_bytes = 4 * (width + 4 * len(run.label_set))
-        self.batch = max(1, min(MAX_BATCH, batch_bytes // row_bytes))
+        self.batch = max(1, min(MAX_BATCH, (batch_bytes or BLOCK_BYTES) // row_bytes))
 
     def done(self, rows: Rows) -> npt.NDArray[np.bool_]:
         """Which of ``rows`` hold every feature that the head reads: bool (n,)."""
