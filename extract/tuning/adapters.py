@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mmc.extract.backbones.lora import PREFIX
+from mmc.extract.training.seeds import Use
 from mmc.extract.tuning.options import LoraConfig
 from mmc.extract.tuning.targets import Target
-
-_DROPOUT = 3
-"""What a seed is for; `data` has the others."""
 
 
 class LowRank(nn.Module):
@@ -95,7 +93,7 @@ class Adapters:
         for place, part in enumerate(self._parts):
             part.kept = None
             if step is not None and rate:
-                random = np.random.default_rng([self._seed, _DROPOUT, step, place])
+                random = np.random.default_rng([self._seed, Use.ADAPTER, step, place])
                 kept = torch.from_numpy(random.random(part.A.shape[1]) >= rate)
                 part.kept = kept.to(part.A.device, part.A.dtype) / (1 - rate)
 

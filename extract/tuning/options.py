@@ -7,14 +7,22 @@ from typing import Any, Literal, get_args
 
 from mmc.extract.backbones import parse_spec
 from mmc.extract.sources import SourceOptions
+from mmc.extract.training import options as training
+from mmc.extract.training.options import (
+    MORE,
+    check_amounts,
+    check_choices,
+    check_counts,
+    check_run,
+)
 from mmc.store.config import build
 from mmc.store.errors import InputError
 
 Target = Literal["out", "q", "k", "v", "mlp", "conv"]
 PairRule = Literal["own", "positives", "exclude"]
 Metric = Literal["retrieval", "zero_shot", "head"]
-MORE = "::"
-"""Between the sources, and between their factors."""
+RECORD = "tune.json"
+"""In the folder of a tuning; it is written last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,56 +49,20 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(training.OptimConfig):
     """How the parameters are found (AdamW); ``--set optim.KEY=VALUE``."""
 
-    weight_decay: float = 0.0
-    """Decoupled weight decay of matrices; biases, norms and the logit scale have none."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate after the warm-up: falling to zero along a cosine, or constant."""
-    warmup: float = 0.05
-    """Share of all steps in which the learning rate rises from zero."""
-    beta1: float = 0.9
-    """Decay of AdamW's first moment."""
-    beta2: float = 0.98
-    """Decay of AdamW's second moment."""
-    eps: float = 1e-6
-    """AdamW's epsilon."""
-    clip_norm: float = 1.0
-    """Gradients longer than this are shortened to it; 0 = off."""
-    micro_batch: int | None = None
-    """Pairs that go through the backbone at once; a larger batch goes through in parts, twice, and
-    still has all its negatives. Default: 32 on a CPU, 256 on a GPU."""
-    gradient_checkpointing: bool = False
-    """Compute each block again in the backward pass instead of keeping what it computed: less
-    memory, a third more work, the same numbers."""
-    checkpoint_epochs: int = 1
-    """A checkpoint after every so many epochs. What a kill can cost."""
     metric: Metric = "retrieval"
     """What decides which epoch is kept: retrieval (the mean of R@1, R@5 and R@10, both ways),
     zero_shot (the label texts, by accuracy) or head (with --head: mAP, AUROC or macro-F1); the
     validation loss breaks ties."""
     head_weight: float = 1.0
     """Weight of the head's loss beside the contrastive one."""
-    val_samples: int = 5000
-    """Most samples of val that are measured; recalls are of so many candidates."""
 
     def __post_init__(self) -> None:
-        for name in ("weight_decay", "clip_norm", "head_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"optim.{name} must be 0 or more, got {getattr(self, name)}")
-        for name in ("warmup", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"optim.{name} must be in [0, 1), got {getattr(self, name)}")
-        if not 0 < self.eps < math.inf:
-            raise InputError(f"optim.eps must be above 0, got {self.eps}")
-        for name in ("micro_batch", "checkpoint_epochs", "val_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"optim.{name} must be 1 or more, got {value}")
-        for name, choices in (("schedule", ("cosine", "constant")), ("metric", get_args(Metric))):
-            if getattr(self, name) not in choices:
-                raise InputError(f"optim.{name} must be one of {', '.join(choices)}")
+        super().__post_init__()
+        check_amounts(self, "optim.", ("head_weight",))
+        check_choices(self, "optim.", {"metric": get_args(Metric)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,16 +130,8 @@ class TuneConfig:
             if wrong or not values:
                 given = wrong[0] if wrong else ""
                 raise InputError(f"--{name} {given!r}: choose from {', '.join(choices)}")
-        for name in ("samples_per_epoch", "epochs", "batch_size", "workers", "max_pixels"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
-        if self.batch_size < 2:
-            raise InputError("--batch-size must be 2 or more: a pair alone has no negatives")
-        if not 0 < self.lr < math.inf:
-            raise InputError(f"--lr must be above 0 and finite, got {self.lr}")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"--seed must be in [0, 2^63), got {self.seed}")
+        check_counts(self, "--", ("samples_per_epoch",))
+        check_run(self)
         if not all(0 < factor < math.inf for factor in self.factors):
             raise InputError("--upsample: factors must be above 0 and finite, such as 2::1::1")
         for template in self.label_template or ():

@@ -1,10 +1,7 @@
 """What a tuning leaves: an adapter that backbones load, the whole tuned model, and the record."""
 
-import csv
-import io
-import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +16,10 @@ from mmc.extract.backbones.lora import PREFIX
 from mmc.extract.backbones.lora_files import CONFIG, WEIGHTS
 from mmc.extract.backbones.openclip_weights import CONFIG as OPEN_CLIP_CONFIG
 from mmc.extract.backbones.openclip_weights import find_source
-from mmc.extract.tuning.checkpoints import CHECKPOINTS, write_atomic
+from mmc.extract.training.checkpoints import CHECKPOINTS, write_atomic, write_json
+from mmc.extract.tuning.options import RECORD
 
-RECORD, HISTORY, MERGED = "tune.json", "history.csv", "merged"
+HISTORY, MERGED = "history.csv", "merged"
 STORE, RUN = "store", "run"
 """With a head: embeddings of the source, and the head on them."""
 FILES = (CONFIG, WEIGHTS, HISTORY, MERGED, STORE, RUN, CHECKPOINTS, RECORD)
@@ -111,19 +109,3 @@ def _save_open_clip(name: str, model: Any, folder: Path, *, quick_gelu: bool) ->
     write_atomic(folder / "open_clip_model.safetensors", save_tensors(state))
     settings = {"model_cfg": config, "preprocess_cfg": dict(model.visual.preprocess_cfg)}
     write_json(folder / OPEN_CLIP_CONFIG, settings)
-
-
-def write_history(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
-    """history.csv: the keys of all rows as columns."""
-    text = io.StringIO()
-    columns = list(dict.fromkeys(key for row in history for key in row))
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    write_atomic(path, text.getvalue().encode())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """``value`` as indented JSON."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
-    write_atomic(path, f"{text}\n".encode())

@@ -1,18 +1,17 @@
 """What a tuning consists of, all that follows from its source and its config."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from mmc.extract.backbones.base import default_precision
-from mmc.extract.plan import Rows
 from mmc.extract.settings import usable_cores
-from mmc.extract.tuning.data import Loader, Sampler, read_pairs
-from mmc.extract.tuning.distributed import World
+from mmc.extract.training.batches import fit_batch, fit_micro_batch, spaced
+from mmc.extract.training.data import Loader, Sampler, read_pairs
+from mmc.extract.training.distributed import World
+from mmc.extract.training.loop import Say
 from mmc.extract.tuning.guards import Probe, adapt
 from mmc.extract.tuning.joint import JointHead
 from mmc.extract.tuning.options import TuneConfig
@@ -20,9 +19,6 @@ from mmc.extract.tuning.towers import LogitScale, load_towers
 from mmc.extract.tuning.validation import Validation
 from mmc.store.errors import InputError
 
-Say = Callable[[str], None]
-
-_MICRO_BATCHES = {"cpu": 32, "cuda": 256}
 _FITTED = 4096
 """Most pairs that a head's inputs are fitted to."""
 
@@ -54,9 +50,9 @@ class Setup:
             samples=config.samples_per_epoch,
             seed=config.seed,
         )
-        self.batch_size = self._fit_batch()
+        self.batch_size = fit_batch(config.batch_size, self.sampler.length, processes, say)
         self.steps = self.sampler.length // self.batch_size
-        self.val = _spaced(self.pairs.splits["val"], config.optim.val_samples)
+        self.val = spaced(self.pairs.splits["val"], config.optim.val_samples)
         self._check_labels()
         self.precision = config.precision or default_precision(str(device))
         self.towers = load_towers(config.backbone, device, self.precision)
@@ -67,7 +63,7 @@ class Setup:
         self.probe = Probe.of(self.towers)
         self.adapters = adapt(self.towers, config, self.probe, say)
         self.scale = LogitScale(self.towers.model, device, trained=config.lora.logit_scale)
-        self.micro_batch = self._fit_micro_batch()
+        self.micro_batch = fit_micro_batch(config.optim.micro_batch, self.batch_size, processes)
         self.validation = Validation(
             self.pairs,
             self.towers,
@@ -80,26 +76,9 @@ class Setup:
         )
         self.classifier = nn.Module() if head is None else self._build(head)
 
-    def _fit_batch(self) -> int:
-        """The batch size, not more than there are pairs, and the same for every process."""
-        size = min(self.config.batch_size, self.sampler.length)
-        size -= size % self.world.size
-        if size < 2 * self.world.size:
-            raise InputError(
-                f"a batch of {size} pairs is too small for {self.world.size} processes"
-            )
-        if size < self.config.batch_size:
-            self.say(f"batches have {size} pairs: there are {self.sampler.length} in an epoch")
-        return size
-
-    def _fit_micro_batch(self) -> int:
-        default = _MICRO_BATCHES.get(self.world.device.type, 64)
-        micro = self.config.optim.micro_batch or default
-        return min(micro, self.batch_size // self.world.size)
-
     def _build(self, head: JointHead) -> nn.Module:
         """The head, fitted to what the backbone gives before it is tuned."""
-        rows = _spaced(self.pairs.splits["train"], _FITTED)
+        rows = spaced(self.pairs.splits["train"], _FITTED)
         image, text, kept = self.validation.embed(rows)
         pairs = self.pairs
         return head.build(image, text, pairs.labels_of(kept), pairs.label_set, pairs.task)
@@ -138,10 +117,3 @@ class Setup:
             "pairs": self.pairs.digest,
             "head": None if self.head is None else self.head.identity,
         }
-
-
-def _spaced(rows: Rows, most: int) -> Rows:
-    """At most so many of ``rows``, evenly spaced."""
-    if len(rows) <= most:
-        return rows
-    return rows[np.linspace(0, len(rows) - 1, most).round().astype(np.int64)]

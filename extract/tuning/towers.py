@@ -6,24 +6,22 @@ Legend: B pairs, D features of the shared space.
 import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mmc.extract.backbones import load_backbone
 from mmc.extract.backbones.base import TokenBatch
 from mmc.extract.backbones.encoder import Encoder
+from mmc.extract.training.blocks import checkpoint_blocks
+from mmc.extract.training.contrast import LARGEST_SCALE
 from mmc.extract.tuning.targets import Target
 from mmc.store.errors import InputError
 
 _SCALE = "logit_scale"
 _FIRST_SCALE = 1 / 0.07
-_MOST = math.log(100)
-"""CLIP's limit of the logarithm: a larger scale made its training unstable."""
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
 
 
@@ -37,7 +35,7 @@ class LogitScale(nn.Module):
         self.own = own is not None
         self.log = nn.Parameter(start if own is None else own.detach().clone())
         self.log.requires_grad_(trained)
-        self._most = max(_MOST, float(self.log.detach().max()))
+        self._most = max(LARGEST_SCALE, float(self.log.detach().max()))
 
     def forward(self) -> Tensor:
         """The scale itself, a scalar."""
@@ -80,8 +78,7 @@ class Towers:
     def checkpoint_blocks(self, targets: Iterable[Target]) -> int:
         """Compute the blocks that hold a target anew in the backward pass; how many they are.
 
-        A block is what stands in the outermost list of modules on the way to the target. The same
-        for every library: their own switches ask for training mode, or do nothing in silence.
+        A block is what stands in the outermost list of modules on the way to the target.
         """
         modules = dict(self.model.named_modules())
         blocks: dict[str, nn.Module] = {}
@@ -93,15 +90,7 @@ class Towers:
                 if isinstance(owner, nn.ModuleList | nn.Sequential) and inside in modules:
                     blocks[inside] = modules[inside]
                     break
-        for block in blocks.values():
-            block.forward = partial(_checkpointed, block.forward)
-        return len(blocks)
-
-
-def _checkpointed(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return checkpoint_blocks(blocks.values(), dropout=False)
 
 
 def load_towers(spec: str, device: torch.device, precision: str) -> Towers:

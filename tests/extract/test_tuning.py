@@ -24,9 +24,9 @@ from mmc.extract.backbones import load_backbone
 from mmc.extract.options import ExtractConfig
 from mmc.extract.pipeline import extract
 from mmc.extract.sources import SourceOptions
-from mmc.extract.tuning import tune as tuning
-from mmc.extract.tuning.data import Sampler, read_pairs
-from mmc.extract.tuning.measure import retrieval, zero_shot
+from mmc.extract.training.data import Sampler, read_pairs
+from mmc.extract.training.loop import silent
+from mmc.extract.training.measure import retrieval, zero_shot
 from mmc.extract.tuning.options import LoraConfig, OptimConfig, TuneConfig, TuneReport, groups
 from mmc.extract.tuning.tune import tune
 from mmc.store import EmbeddingStore
@@ -103,7 +103,7 @@ def run(
     backbone: str,
     *,
     said: list[str] | None = None,
-    progress: Callable = tuning.silent,
+    progress: Callable = silent,
     head: Any = None,
     **settings: Any,
 ) -> TuneReport:

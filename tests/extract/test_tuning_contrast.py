@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 
-from mmc.extract.tuning.cached import contrastive_step
-from mmc.extract.tuning.contrast import PairMask, contrastive_loss
-from mmc.extract.tuning.distributed import World
+from mmc.extract.training.cached import contrastive_step
+from mmc.extract.training.contrast import PairMask, contrastive_loss
+from mmc.extract.training.distributed import World
 from mmc.store.errors import InputError
 
 SCALE = torch.tensor(9.0, dtype=torch.float64)

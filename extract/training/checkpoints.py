@@ -1,4 +1,4 @@
-"""The folder that a training writes: its checkpoint, and files that appear whole.
+"""The folder that a training writes: its checkpoints, and files that appear whole.
 
 ``checkpoints/last.safetensors`` holds the tensors of an unfinished training; its metadata holds the
 rest as JSON. One file, written beside and renamed, is never half of two states. No generator state
@@ -6,9 +6,11 @@ is in it: everything random follows from the seed, the epoch and the step.
 """
 
 import contextlib
+import csv
+import io
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,20 +25,23 @@ from mmc.store.atomic import write_atomic as write_atomic
 from mmc.store.errors import InputError, MmcError
 
 CHECKPOINTS = "checkpoints"
-_FILE = "last.safetensors"
 _RECORD = "mmc"
 
 
 class Checkpoints:
-    """The checkpoint of one folder."""
+    """The checkpoint of one folder that has a name."""
 
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        self.path = folder / CHECKPOINTS / _FILE
+    def __init__(self, folder: Path, identity: dict[str, Any], name: str = "last") -> None:
+        self.path = folder / CHECKPOINTS / f"{name}.safetensors"
         self._identity = json.loads(json.dumps(identity))
 
-    def save(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-        """Replace the checkpoint."""
-        plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    def save(self, parts: Mapping[str, Mapping[str, Tensor]], record: dict[str, Any]) -> None:
+        """Replace the checkpoint by tensors, by the part that they are of and by name."""
+        plain = {
+            f"{name}.{key}": value.detach().cpu().contiguous()
+            for name, tensors in parts.items()
+            for key, value in tensors.items()
+        }
         text = json.dumps({"identity": self._identity, "record": record})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path, save_tensors(plain, metadata={_RECORD: text}))
@@ -129,8 +134,25 @@ def _clear(folder: Path, names: Sequence[str]) -> None:
     for name in names:
         path = folder / name
         if name == CHECKPOINTS:
-            (path / _FILE).unlink(missing_ok=True)
+            for file in path.glob("*.safetensors"):
+                file.unlink()
         elif path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def write_history(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """history.csv: the keys of all rows as columns."""
+    text = io.StringIO()
+    columns = list(dict.fromkeys(key for row in history for key in row))
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_atomic(path, text.getvalue().encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """``value`` as indented JSON."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    write_atomic(path, f"{text}\n".encode())

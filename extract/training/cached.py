@@ -17,10 +17,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from mmc.extract.tuning.distributed import World
+from mmc.extract.training.distributed import World
 
 Encode = Callable[[slice], tuple[Tensor, Tensor]]
 """Pairs of this process's batch to their normalised features, two of float (n, D)."""
+Own = Callable[[slice], tuple[tuple[Tensor, Tensor], Tensor]]
+"""Pairs of this process's batch to their features and to a loss of theirs alone, a scalar."""
 Loss = Callable[[Tensor, Tensor, slice], Tensor]
 """All features (N, D), twice, and this process's rows: its share of the loss."""
 
@@ -33,6 +35,7 @@ def contrastive_step(
     parameters: Sequence[nn.Parameter],
     world: World,
     factor: Callable[[Tensor], Tensor] = lambda value: value,
+    own: Own | None = None,
 ) -> Tensor:
     """Add the gradient of one batch to ``parameters``; the loss of all processes, a scalar.
 
@@ -44,27 +47,42 @@ def contrastive_step(
         parameters: all that is trained, in one order in every process; without gradients yet.
         world: the processes.
         factor: what the loss is multiplied by before the backward pass (for float16).
+        own: where pairs have losses of their own: the same features as ``encode``, and the part's
+            share of these losses; shares of all parts and processes are summed.
     """
     parts = [slice(i, min(i + micro_batch, pairs)) for i in range(0, pairs, micro_batch)]
-    whole = len(parts) == 1
-    # Not inference_mode: with autocast, CPUs then expand attention weights in every call.
-    with torch.set_grad_enabled(whole):
-        encoded = [encode(part) for part in parts]
-    local = [torch.cat(side) for side in zip(*encoded, strict=True)]
-    every = [world.gather(side.detach()).requires_grad_() for side in local]
+
+    def learn(part: slice) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        return (encode(part), None) if own is None else own(part)
+
+    if len(parts) == 1:
+        learnt = [learn(parts[0])]
+        encoded = [learnt[0][0]]
+    else:
+        learnt = []
+        # Not inference_mode: with autocast, CPUs then expand attention weights in every call.
+        with torch.no_grad():
+            encoded = [encode(part) for part in parts]
+    every = [world.gather(torch.cat(side).detach()) for side in zip(*encoded, strict=True)]
+    for side in every:
+        side.requires_grad_()
     rows = world.slice(len(every[0]))
     value = loss(every[0], every[1], rows)
     factor(value).backward()
     gradients = [side.grad if side.grad is not None else torch.zeros_like(side) for side in every]
     world.sum_(gradients)
-    wanted = [gradient[rows] for gradient in gradients]
+    total = value.detach().clone()
     for part in parts:
-        features = local if whole else encode(part)
-        torch.autograd.backward(list(features), [gradient[part] for gradient in wanted])
+        features, share = learnt.pop() if learnt else learn(part)
+        outputs, grads = list(features), [gradient[rows][part] for gradient in gradients]
+        if share is None:
+            torch.autograd.backward(outputs, grads)
+            continue
+        torch.autograd.backward([*outputs, factor(share)], [*grads, None])
+        total += share.detach()
     for parameter in parameters:
         if parameter.grad is None:  # every process must have the same ones to sum
             parameter.grad = torch.zeros_like(parameter)
     world.sum_([parameter.grad for parameter in parameters if parameter.grad is not None])
-    total = value.detach().clone()
     world.sum_([total])
     return total

@@ -9,12 +9,16 @@ the sum that an answer is compared with; rows and columns without a right answer
 where there are none at all the loss is 0 with gradients of 0, not NaN.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mmc.store.errors import InputError
+
+LARGEST_SCALE = math.log(100)
+"""CLIP's limit of the inverse temperature's logarithm: a larger one made its training unstable."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""AdamW and its learning rate over time, the same for tuning and for pretraining."""
+"""AdamW and its learning rate over time."""
 
 import math
 from collections.abc import Iterable
@@ -6,21 +6,25 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from mmc.extract.tuning.options import OptimConfig
+from mmc.extract.training.options import OptimConfig
 
 
 def make_optimizer(
-    groups: Iterable[tuple[float, list[nn.Parameter]]], config: OptimConfig
+    groups: Iterable[tuple[float, list[nn.Parameter]]],
+    config: OptimConfig,
+    undecayed: Iterable[nn.Parameter] = (),
 ) -> torch.optim.AdamW:
     """AdamW; matrices decay; biases, norms and scalars do not.
 
     Args:
         groups: share of the learning rate (`share` of its groups), and the parameters that have it.
+        undecayed: matrices without decay.
     """
     made = []
+    left_out = {id(parameter) for parameter in undecayed}
     for share, parameters in groups:
         for decays, decay in ((True, config.weight_decay), (False, 0.0)):
-            chosen = [p for p in parameters if (p.ndim > 1) == decays]
+            chosen = [p for p in parameters if (p.ndim > 1 and id(p) not in left_out) == decays]
             if chosen:
                 made.append({"params": chosen, "weight_decay": decay, "share": share})
     betas = (config.beta1, config.beta2)

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -21,25 +21,36 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmc.extract.backbones.base import TokenBatch
-from mmc.extract.backbones.encoder import Encoder
 from mmc.extract.content import Content
 from mmc.extract.images import ImageError, decode
 from mmc.extract.keys import drop_duplicates
 from mmc.extract.plan import Rows
 from mmc.extract.settings import usable_cores
 from mmc.extract.sources import Samples, SourceOptions, read_source
-from mmc.extract.tuning.distributed import World
-from mmc.extract.tuning.options import MORE
+from mmc.extract.training.distributed import World
+from mmc.extract.training.options import MORE
+from mmc.extract.training.seeds import Use
+from mmc.extract.transforms import ImageTransform
 from mmc.store.errors import InputError
 from mmc.store.holdout import held_out
 from mmc.store.samples import UNKNOWN
 
 Say = Callable[[str], None]
 
-_ORDER, _DRAW = 1, 2
 _AHEAD = 2
 """Batches that are decoded while another is trained on."""
 _YES, _NO = {"1", "1.0", "true", "yes", "y"}, {"0", "0.0", "false", "no", "n", ""}
+
+
+class Reader(Protocol):
+    """How pictures and texts become what two towers take; backbones do it."""
+
+    @property
+    def image_transform(self) -> ImageTransform | None:
+        """How a picture is brought to its size; not None."""
+
+    def tokenize(self, texts: list[str]) -> TokenBatch:
+        """Token ids of ``texts``."""
 
 
 @dataclass(frozen=True)
@@ -303,20 +314,20 @@ class Sampler:
     def epoch(self, epoch: int) -> Rows:
         """(length,) rows."""
         if self.replaces:
-            random = np.random.default_rng([self._seed, _DRAW, epoch])
+            random = np.random.default_rng([self._seed, Use.DRAW, epoch])
             drawn = random.random(self.length) * self._cumulated[-1]
             places = np.searchsorted(self._cumulated, drawn, side="right")
             return self._rows[np.minimum(places, len(self._rows) - 1)]  # rounded up to the total
-        return np.random.default_rng([self._seed, _ORDER, epoch]).permutation(self._rows)
+        return np.random.default_rng([self._seed, Use.ORDER, epoch]).permutation(self._rows)
 
 
 class Loader:
     """Reads, decodes and tokenizes batches of a set a little ahead of their use."""
 
     def __init__(
-        self, pairs: PairSet, encoder: Encoder, world: World, *, workers: int, max_pixels: int
+        self, pairs: PairSet, reader: Reader, world: World, *, workers: int, max_pixels: int
     ) -> None:
-        self._pairs, self._encoder, self.world = pairs, encoder, world
+        self._pairs, self._reader, self.world = pairs, reader, world
         self._workers, self._max_pixels = workers, max_pixels
         self.failed: dict[int, str] = {}
         """Rows whose picture could not be used, and why."""
@@ -348,7 +359,7 @@ class Loader:
             pool.shutdown(cancel_futures=True)
 
     def _decode(self, row: int) -> Tensor | ImageError:
-        transform = self._encoder.image_transform
+        transform = self._reader.image_transform
         assert transform is not None
         try:
             data = self._pairs.content.image_bytes(row)
@@ -357,7 +368,7 @@ class Loader:
             return error
 
     def _batch(self, rows: Rows, pictures: Sequence[Tensor | ImageError]) -> Batch:
-        transform = self._encoder.image_transform
+        transform = self._reader.image_transform
         assert transform is not None
         pixels = torch.zeros((len(rows), *transform.shape), dtype=torch.uint8)
         valid = torch.ones(len(rows), dtype=torch.bool)
@@ -367,7 +378,7 @@ class Loader:
             else:
                 valid[place] = False
                 self.failed[int(rows[place])] = str(picture)
-        tokens = self._encoder.tokenize(self._pairs.content.texts(rows))
+        tokens = self._reader.tokenize(self._pairs.content.texts(rows))
         if self.world.device.type == "cuda":
             pixels = pixels.pin_memory()
         return Batch(rows, pixels, tokens, valid)

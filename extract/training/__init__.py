@@ -1,0 +1,1 @@
+"""What every training of a backbone is made of: pairs, loss, optimiser, processes, checkpoints."""
