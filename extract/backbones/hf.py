@@ -6,7 +6,8 @@ patches of the vision tower's ``last_hidden_state`` in reading order, which for 
 last layer norm, and ``image_class`` its class token (CLIP); ``text_tokens`` the text tower's. Text
 encoders (BERT and its kin): ``text`` pooled as ``1_Pooling/config.json`` says, by the mean over
 real tokens where there is none; ``text_tokens`` the ``last_hidden_state``. Image encoders: see
-``hf_vision``. BLIP: see ``hf_blip``.
+``hf_vision``. BLIP: see ``hf_blip``. An image and a text encoder with a shared space: see
+``hf_vision_text``.
 """
 
 from collections.abc import Callable
@@ -32,11 +33,13 @@ from mmc.extract.backbones.hf_files import (
     image_transform,
     load_config,
     load_model,
+    load_tokenizer,
     sentence_pooling,
 )
 from mmc.extract.backbones.hf_parts import Options, Parts
 from mmc.extract.backbones.hf_text import TextRules, Tokens, real_tokens
 from mmc.extract.backbones.hf_vision import IMAGE_ENCODERS, image_encoder
+from mmc.extract.backbones.hf_vision_text import VISION_TEXT, vision_text
 from mmc.extract.backbones.lora import add_adapter
 from mmc.store import config as configs
 from mmc.store.errors import InputError
@@ -86,6 +89,7 @@ def _family(files: Files, kind: str) -> Callable[[Files, Any, Options], Parts]:
         **dict.fromkeys(TEXT_ENCODERS, _text_encoder),
         **dict.fromkeys(IMAGE_ENCODERS, image_encoder),
         "blip": blip,
+        VISION_TEXT: vision_text,
     }
     found = families.get(kind)
     if found is None:
@@ -119,7 +123,9 @@ def _build(
     precision: str,
     max_text_tokens: int | None,
 ) -> Encoder:
-    tokens = Tokens(files, parts.rules, max_text_tokens) if parts.rules else None
+    tokens = None
+    if parts.rules:
+        tokens = Tokens(load_tokenizer(files), parts.rules, max_text_tokens)
     transform = image_transform(files) if parts.image else None
     if transform is not None:
         check_image_size(files, transform, parts.image_size)

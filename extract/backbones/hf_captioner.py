@@ -28,6 +28,7 @@ from mmc.extract.backbones.hf_files import (
     image_transform,
     load_config,
     load_model,
+    load_tokenizer,
 )
 from mmc.extract.backbones.hf_text import TextRules, Tokens
 from mmc.extract.backbones.hub import quick_when_offline
@@ -130,7 +131,7 @@ def load_captioner(spec: str, decoding: Decoding, *, device: str, precision: str
         rules = TextRules(
             context=config.text_config.max_position_embeddings, cut="exact", pooling="model"
         )
-        tokens = Tokens(files, rules, None)
+        tokens = Tokens(load_tokenizer(files), rules, None)
         transform = image_transform(files)
     check_image_size(files, transform, config.vision_config.image_size)
     longest = tokens.length - int(tokens([decoding.prompt]).lengths[0])

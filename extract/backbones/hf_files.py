@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers.utils import cached_file
 
 from mmc.extract.backbones.base import offline_hint, one_line
@@ -107,7 +106,12 @@ def load_tokenizer(files: Files) -> Any:
         return transformers.AutoTokenizer.from_pretrained(files.source)
 
 
-def load_model(files: Files, kind: Any = transformers.AutoModel) -> nn.Module:
+def load_model(
+    files: Files,
+    kind: Any = transformers.AutoModel,
+    drawn: tuple[str, ...] = (),
+    **arguments: Any,
+) -> Any:
     """The model in float32 on the CPU, every weight of it from the files.
 
     A pooler on top of an encoder is dropped: nothing here uses it, and where a checkpoint has none
@@ -116,6 +120,9 @@ def load_model(files: Files, kind: Any = transformers.AutoModel) -> nn.Module:
     Args:
         files: where the weights are.
         kind: the class of transformers; the bare model when not given.
+        drawn: how names of weights begin that may be missing, for a model that is to be trained:
+            they are drawn at random then. A pooler stays if it is among them.
+        arguments: more for the class.
 
     Raises:
         InputError: weights are missing or do not fit.
@@ -126,25 +133,23 @@ def load_model(files: Files, kind: Any = transformers.AutoModel) -> nn.Module:
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported, and refused below with their sizes
+            **arguments,
         )
     faults = [
         f"{key} is {list(found)}, the model has {list(wanted)}"
         for key, found, wanted in sorted(report["mismatched_keys"])
     ]
-    faults += [f"{key} is missing" for key in sorted(report["missing_keys"]) if _is_needed(key)]
+    spare = ("pooler.", *drawn)
+    missing = [key for key in sorted(report["missing_keys"]) if not key.startswith(spare)]
+    faults += [f"{key} is missing" for key in missing]
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise InputError(
             f"hf:{files.name}: the weights do not fit the model: {'; '.join(faults[:3])}{more}"
         )
-    if getattr(model, "pooler", None) is not None:
+    if getattr(model, "pooler", None) is not None and "pooler." not in drawn:
         model.pooler = None
-    kept: nn.Module = model
-    return kept
-
-
-def _is_needed(key: str) -> bool:
-    return not key.startswith("pooler.")
+    return model
 
 
 @contextmanager
@@ -225,8 +230,25 @@ def image_transform(files: Files) -> ImageTransform:
     Raises:
         InputError: the processor does something that gives no fixed size.
     """
+    return transform_of(load_processor(files), files.name)
+
+
+def load_processor(files: Files) -> Any:
+    """The model's image processor."""
     with _explained(files, "the image processor"):
-        processor = transformers.AutoImageProcessor.from_pretrained(files.source)
+        return transformers.AutoImageProcessor.from_pretrained(files.source)
+
+
+def transform_of(processor: Any, name: str) -> ImageTransform:
+    """An image processor of transformers as numbers.
+
+    Args:
+        processor: any that resizes to a fixed size.
+        name: of the model, for messages.
+
+    Raises:
+        InputError: it does something that gives no fixed size.
+    """
     size = _sides(processor.size)
     crop = _sides(processor.crop_size) if processor.do_center_crop else {}
     resize: Resize
@@ -235,10 +257,10 @@ def image_transform(files: Files) -> ImageTransform:
     elif size.keys() == {"shortest_edge"} and crop:
         resize, resize_to = "shortest", (size["shortest_edge"], size["shortest_edge"])
     else:
-        raise InputError(f"hf:{files.name}: its image processor gives no fixed size ({size})")
+        raise InputError(f"hf:{name}: its image processor gives no fixed size ({size})")
     if not processor.do_resize or int(processor.resample) not in _RESAMPLING:
         raise InputError(
-            f"hf:{files.name}: its image processor must resize with bilinear or bicubic resampling"
+            f"hf:{name}: its image processor must resize with bilinear or bicubic resampling"
         )
     normalises = processor.do_normalize
     return ImageTransform(

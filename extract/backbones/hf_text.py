@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from mmc.extract.backbones.base import TokenBatch, sha256_json, text_buckets
-from mmc.extract.backbones.hf_files import Files, load_tokenizer
 from mmc.store.errors import InputError
 
 
@@ -37,8 +36,8 @@ def real_tokens(ids: Tensor, lengths: Tensor) -> Tensor:
 class Tokens:
     """Texts to :class:`TokenBatch`; padding is always on the right and always whole."""
 
-    def __init__(self, files: Files, rules: TextRules, max_text_tokens: int | None) -> None:
-        self._tokenizer = load_tokenizer(files)
+    def __init__(self, tokenizer: Any, rules: TextRules, max_text_tokens: int | None) -> None:
+        self._tokenizer = tokenizer
         self._rules = rules
         # Tokenizers without a limit of their own say 1e30.
         context = min(rules.context, int(min(self._tokenizer.model_max_length, 2**31 - 1)))

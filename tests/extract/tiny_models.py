@@ -247,6 +247,36 @@ def tiny_dinov2(folder: str | Path, seed: int = 0, registers: int = 0) -> str:
     return _save_hf(getattr(transformers, f"{kind}Model")(config), folder, seed)
 
 
+def tiny_vision_text(folder: str | Path, vision: str = "vit", text: str = "bert") -> str:
+    """Save a small VisionTextDualEncoder of two towers of these kinds."""
+    import transformers
+
+    tokenizer = _bert_tokenizer(length=24)
+    tokenizer.save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    sizes = {"image_size": 32, "patch_size": 8}
+    visions = {
+        "vit": lambda: transformers.ViTConfig(**_SMALL, **sizes),
+        "clip": lambda: transformers.CLIPVisionConfig(**_SMALL, **sizes),
+        "siglip": lambda: transformers.SiglipVisionConfig(**_SMALL, **sizes),
+    }
+    texts = {
+        "bert": lambda: transformers.BertConfig(
+            **_SMALL, vocab_size=len(tokenizer), max_position_embeddings=24
+        ),
+        "roberta": lambda: transformers.RobertaConfig(
+            **_SMALL, vocab_size=len(tokenizer), max_position_embeddings=25, pad_token_id=0
+        ),
+        "distilbert": lambda: transformers.DistilBertConfig(
+            dim=32, n_heads=2, n_layers=1, hidden_dim=64, vocab_size=len(tokenizer)
+        ),
+    }
+    config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
+        visions[vision](), texts[text](), projection_dim=16
+    )
+    return _save_hf(transformers.VisionTextDualEncoderModel(config), folder, 0)
+
+
 def _word_tokenizer(specials: list[str], template: str, ends: list[tuple[str, int]]) -> Any:
     """A WordPiece tokenizer that knows ``WORDS`` and letters."""
     import string
