@@ -1,4 +1,4 @@
-"""The steps of a recipe from a source to a store: prepare, caption, extract. Imports no torch."""
+"""The steps of a recipe from a source to a store. Imports no torch."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -13,6 +13,8 @@ from mmc.extract.sources import SourceOptions
 from mmc.extract.sources.prepared import RECIPE as PREPARED
 from mmc.extract.sources.read import check_source
 from mmc.extract.sources.state import source_state
+from mmc.extract.tuning.options import RECORD as TUNED
+from mmc.extract.tuning.options import LoraConfig, OptimConfig, TuneConfig
 from mmc.store.chain import (
     ABSENT,
     Node,
@@ -45,6 +47,8 @@ class Source:
     """What was said of it, JSON-able."""
     after: tuple[str, ...] = ()
     """The step that writes it."""
+    read_after: tuple[str, ...] = ()
+    """Steps that only what reads it has to wait for."""
 
     def state(self) -> str:
         """As `source_state`; of what is yet to be written, that it is not there."""
@@ -70,7 +74,7 @@ class Data:
 
 
 def data_steps(recipe: Recipe) -> Data:
-    """The steps prepare, caption and extract of a recipe, checked.
+    """The steps prepare, caption, tune and extract of a recipe, checked.
 
     Raises:
         InputError: a key, a value, a name or a source is wrong; with file and line.
@@ -214,6 +218,47 @@ def _caption(recipe: Recipe, section: Section, source: Source, store: str) -> tu
     return step, Source(out, after=("caption",))
 
 
+def _tune(recipe: Recipe, section: Section, source: Source, store: str) -> tuple[Step, Source]:
+    out = section.text("out") or recipe.path("tuned")
+    backbone = section.node("backbone")
+    if backbone is None:
+        raise InputError(f"{section.where}: tune names no `backbone`")
+    spec = text_of(backbone, "tune.backbone")
+    groups: dict[str, Any] = {}
+    said: dict[str, Any] = {}
+    for name, kind in (("lora", LoraConfig), ("optim", OptimConfig)):
+        node = section.node(name)
+        inner = Section(node or Node({}, section.where), f"tune.{name}")
+        groups[name], values = inner.config(kind)
+        inner.finish()
+        said |= {name: given(kind, values)} if values else {}
+    config, values = section.config(
+        TuneConfig, omit=("overwrite",), backbone=spec, source=source.options, **groups
+    )
+
+    def made() -> str | None:
+        return path_state(out) if (Path(out) / TUNED).exists() else None
+
+    def run(start: Start) -> Result:
+        from mmc.extract.tuning.tune import tune
+
+        anew = replace(config, overwrite=start.replace)
+        done = tune(source.spec, out, anew, report=start.report, progress=start.progress)
+        return Result(data=asdict(done))
+
+    step = Step(
+        name="tune",
+        kind="tune",
+        settings=_read(source) | {"backbone": spec} | given(TuneConfig, values) | said,
+        inputs={"the source": source.state, "the model": lambda: _weights_state(spec)},
+        run=run,
+        made=made,
+        after=source.after,
+        owns=out,
+    )
+    return step, replace(source, read_after=("tune",))
+
+
 def _extract(recipe: Recipe, section: Section, source: Source, store: str) -> tuple[Step, Source]:
     source = _reread(section, source)
     specs, own = _backbones(section)
@@ -266,12 +311,12 @@ def _extract(recipe: Recipe, section: Section, source: Source, store: str) -> tu
         inputs={"the source": source.state, **models, **words},
         run=run,
         made=made,
-        after=source.after,
+        after=(*source.after, *source.read_after),
     )
     return step, source
 
 
-_MAKERS = {"prepare": _prepare, "caption": _caption, "extract": _extract}
+_MAKERS = {"prepare": _prepare, "caption": _caption, "tune": _tune, "extract": _extract}
 
 
 def _read(source: Source) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class Step:
     name: str
     """As it is shown and forced; no other step has it."""
     kind: str
-    """prepare, caption, extract, train, compare, evaluate or predict."""
+    """prepare, caption, tune, extract, train, compare, evaluate or predict."""
     settings: Mapping[str, Any]
     """What the recipe says of it, JSON-able: another value, and the step runs again."""
     inputs: Mapping[str, State]

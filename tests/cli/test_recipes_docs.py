@@ -125,6 +125,10 @@ def run_recipe(mmc: Callable, folder: Path, name: str, models: dict[str, str]):
     shutil.copy(RECIPES / f"{name}.yaml", folder)
     _, _, aliases, heads = CASES[name]
     pairs = [f"extract.backbones.{alias}.spec={models[alias]}" for alias in aliases]
+    if name == "tweets":
+        tuned = f"{models['clip']}[lora=tweets/tuned]"
+        pairs = [f"extract.backbones.clip.spec={tuned}", f"tune.backbone={models['clip']}"]
+        pairs += ["tune.epochs=1"]
     pairs += [f"heads.{head}.epochs=2" for head in heads]
     for head in heads:
         pairs += [f"heads.{head}.set.{key}={value}" for key, value in SMALL.get(head, {}).items()]
@@ -192,6 +196,10 @@ def check_tweets(folder: Path) -> None:
     assert len(rows) == 14
     found = json.loads((folder / "tweets" / "evaluation.json").read_text(encoding="utf-8"))
     assert set(found) == {"router", "fusion"}
+    tuned = json.loads((folder / "tweets" / "tuned" / "tune.json").read_text(encoding="utf-8"))
+    assert tuned["config"]["pairs"] == "exclude"
+    run = json.loads((folder / "tweets" / "runs" / "router" / "run.json").read_text("utf-8"))
+    assert "lora=" in json.dumps(run["features"])
 
 
 @pytest.mark.shared_data
