@@ -25,6 +25,7 @@ import typer
 from mmc.extract.captions_options import CaptionConfig
 from mmc.extract.options import ExtractConfig
 from mmc.extract.prepare_options import PrepareConfig
+from mmc.extract.pretraining.options import PretrainConfig
 from mmc.extract.sources import SourceOptions
 from mmc.extract.tuning.options import TuneConfig
 from mmc.heads.labels.options import LabelsConfig
@@ -56,6 +57,7 @@ TRAIN = """head features loss batch_size epochs lr seed precision device max_mem
     seeds folds overwrite"""
 TUNE = """targets pairs pair_column upsample samples_per_epoch batch_size epochs lr label_template
     seed precision device workers max_pixels merge overwrite"""
+PRETRAIN = "batch_size epochs lr seed precision device workers max_pixels track overwrite"
 PREDICT = "split form scores top_k at_least_one device"
 LABELS = "features limit near device"
 RENAMED = {"form": "--format"}
@@ -614,7 +616,7 @@ def _joint_head(
     """The head that is trained with a backbone; in the end it becomes a run beside the adapter."""
     from mmc.extract.backbones import parse_spec
     from mmc.extract.pipeline import extract
-    from mmc.extract.tuning.options import MORE
+    from mmc.extract.training.options import MORE
     from mmc.extract.tuning.saving import RUN, STORE
     from mmc.heads.joint import JointTraining
     from mmc.store import EmbeddingStore
@@ -634,6 +636,64 @@ def _joint_head(
 
     settings_of_head = TrainConfig(head=head, loss=loss, seed=config.seed, settings=tuple(settings))
     return JointTraining(settings_of_head, keep)
+
+
+@app.command("pretrain")
+@_options(SourceOptions, SOURCE, into="source_options")
+@_options(PretrainConfig, PRETRAIN, into="settings")
+def pretrain_command(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Where the pairs come from; a::b::c for several; see `mmc list sources`.",
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the model.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of settings; flags and --set win over it."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokenizer of the text tower, hf:NAME or hf:FOLDER; default: a WordPiece "
+            "vocabulary made from the texts of train."
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A setting, such as vision.width=192, text.weights=hf:NAME or mask.patches=0.6. "
+            "Repeat.",
+        ),
+    ] = None,
+    json_output: Json = False,
+    *,
+    settings: dict[str, Any],
+    source_options: dict[str, Any],
+) -> None:
+    """Pretrain an image and a text tower on your pairs, contrastive and masked losses; resumes.
+
+    \b
+    Example:
+      mmc pretrain my_data/ my.model --epochs 50
+      mmc pretrain my_data/ my.model --config small.yaml --set mask.patches=0.6
+      mmc extract my_data/ my.store --backbone hf:my.model
+    """
+    from mmc.extract.pretraining.pretrain import pretrain
+    from mmc.extract.pretraining.reading import read_config
+    from mmc.extract.progress import Progress
+
+    pairs = [*(set_ or ()), *([f"text.tokenizer={tokenizer}"] if tokenizer else [])]
+    options = build(SourceOptions, source_options, where="the source")
+    read = read_config(config, pairs, settings, options)
+    with Progress() as progress:
+        report = pretrain(source, out, read, report=_say, progress=progress)
+    if json_output:
+        _print_json(asdict(report))
 
 
 @app.command("evaluate")

@@ -56,6 +56,8 @@ def test_constraints_hold_no_addresses():
         "mmc.store",
         "mmc.extract.backbones",
         "mmc.extract.sources",
+        "mmc.extract.pretraining.options",
+        "mmc.extract.pretraining.reading",
         "mmc.extract.tuning.options",
     ],
 )

@@ -121,8 +121,13 @@ _MERGE = "tag:yaml.org,2002:merge"
 _TAGS = ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
 
 
-def override(root: Node, pairs: Sequence[str]) -> Node:
+def override(root: Node, pairs: Sequence[str], example: str = "heads.linear.lr=0.001") -> Node:
     """``root`` with each ``key.key=value`` set; values are YAML, later pairs win.
+
+    Args:
+        root: what it is set on.
+        pairs: as the user wrote them.
+        example: of a pair, for messages.
 
     Raises:
         InputError: not of that form, or a key of something that has no keys.
@@ -131,7 +136,7 @@ def override(root: Node, pairs: Sequence[str]) -> Node:
         path, equals, text = pair.partition("=")
         where = f"--set {pair}"
         if not (equals and path.strip()):
-            raise InputError(f"{where}: write key.key=value, such as heads.linear.lr=0.001")
+            raise InputError(f"{where}: write key.key=value, such as {example}")
         value = parse(text, where).value if text.strip() else None
         root = _placed(root, path.strip(), Node(_moved(value, where), where), where)
     return root
