@@ -275,6 +275,19 @@ def test_label_counts_far_from_validation_warn(tmp_path: Path) -> None:
     assert asked[name].detail.endswith("labels per sample, as asked")
 
 
+def test_labels_that_validation_does_not_know_are_counted_as_well(tmp_path: Path) -> None:
+    """Of ten labels one is known there; the file has all ten."""
+    layout, truth = make(tmp_path / "p.csv")
+    name = "class distribution reasonable"
+    reference = {"cardinality_predicted": 0.12, "samples": 50, "labels": 10}
+    few = run_checks(tmp_path / "p.csv", layout, truth, reference=reference)
+    assert few[name].warning
+    reference |= {"unknown_entries": 450}
+    found = run_checks(tmp_path / "p.csv", layout, truth, reference=reference)[name]
+    assert not found.warning
+    assert found.detail.endswith("1.20 on validation data")
+
+
 def test_constant_columns_and_saturation_warn(tmp_path: Path) -> None:
     path = tmp_path / "p.csv"
     layout, truth = make(path)
