@@ -53,6 +53,8 @@ class Position:
 
     window_rows: int = 0
     """Rows of a window where training data is streamed; the order depends on it."""
+    block: int | None = None
+    """Bytes of its blocks, on which the order depends as well."""
     stage: int = 0
     epoch: int = 0
     """Epochs of the stage that are done."""
@@ -124,6 +126,7 @@ class Engine:
         seed: int,
         dtype: torch.dtype,
         window_rows: int = 0,
+        block: int | None = None,
         checkpoints: Checkpoints | None = None,
         on_round: OnRound | None = None,
         processes: Processes = ALONE,
@@ -140,7 +143,7 @@ class Engine:
         self.epochs_per_round = -(-ROUND_STEPS // self.steps)
         self.metric = optim.metric or metrics.HEADLINE[task]
         self.checkpoints, self.on_round = checkpoints, on_round
-        self.position = Position(window_rows=window_rows)
+        self.position = Position(window_rows=window_rows, block=block)
         self._saved_at = time.monotonic()
 
     def run(self) -> Position:

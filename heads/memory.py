@@ -5,8 +5,10 @@ import ctypes
 import math
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -233,6 +235,18 @@ def _widest(found: Plan) -> Plan:
         sizes, found.budget, key=lambda rows: replace(found, window_rows=rows).bytes
     )
     return replace(found, window_rows=sizes[fitting - 1]) if fitting else found
+
+
+def continued(place: Plan, record: Mapping[str, Any] | None) -> Plan:
+    """The plan, with the windows and blocks that a training began with: its order of rows.
+
+    Args:
+        record: of its checkpoint; None: it begins now.
+    """
+    if record is None:
+        return place
+    block = record.get("block") or place.block
+    return replace(place, window_rows=record["window_rows"], block=block)
 
 
 def check(place: Plan) -> Plan:

@@ -2,7 +2,6 @@
 
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,9 +102,7 @@ def _train_into(
     if found:
         report(f"continuing the unfinished training in {folder}")
     head, loss = setup.build()
-    place = setup.place(head)
-    if found:  # the order of the rows depends on it
-        place = replace(place, window_rows=found[1]["window_rows"])
+    place = memory.continued(setup.place(head), found[1] if found else None)
     if place.streamed:
         report(memory.describe(place))
     history = found[1]["history"] if found else []

@@ -164,7 +164,13 @@ class Setup:
 
     def load(self, head: Head, place: memory.Plan) -> Loaded:
         """What the head reads, as far as there is room for it; once for all that share it."""
-        key = (self.preparation, place.window_rows, place.val_streamed, place.buffers)
+        key = (
+            self.preparation,
+            place.window_rows,
+            place.block,
+            place.val_streamed,
+            place.buffers,
+        )
         return self.material.prepared(key, lambda: self._load(head, place))
 
     def _preparation(self, head: Head) -> Hashable:
@@ -197,6 +203,7 @@ class Setup:
             seed=self.config.seed,
             dtype=self.dtype,
             window_rows=place.window_rows,
+            block=place.block,
             checkpoints=checkpoints,
             on_round=lambda row: self._told(row, progress),
             processes=self.processes,
@@ -391,9 +398,10 @@ class Setup:
         )
         budget = memory.parse_size(limit) if limit else memory.allowed(self.device)
         plan = memory.plan(needs, budget)
-        # The order of the rows depends on it, and so it is the main process's.
-        (window_rows,) = self.processes.numbers([plan.window_rows], self.device)
-        return replace(plan, window_rows=int(window_rows))
+        # The order of the rows depends on them, and so they are the main process's.
+        own = [plan.window_rows, plan.block]
+        window_rows, block = map(int, self.processes.numbers(own, self.device))
+        return replace(plan, window_rows=window_rows, block=block)
 
     def _load(self, head: Head, place: memory.Plan) -> Loaded:
         data = self._loaded(head, place)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 from mmc.heads import memory, metrics, splits
 from mmc.heads.engine import Position
@@ -54,8 +54,7 @@ class Runner:
         head, loss = setup.build()
         place = self._place(trial, head)
         found = checkpoints.load()
-        if found:  # the order of the rows depends on it
-            place = replace(place, window_rows=found[1]["window_rows"])
+        place = memory.continued(place, found[1] if found else None)
         data = setup.load(head, place)
         position, error = Position(), ""
         try:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from mmc.heads import batches, memory
 from mmc.heads.artifact import Run
 from mmc.heads.checkpoints import claimed
 from mmc.heads.options import TrainConfig
@@ -255,6 +257,24 @@ def test_stopped_anywhere_and_continued_it_ends_in_the_same_bits(
         assert_same_bits(tmp_path / "whole", folder)
         for before, after in zip(undisturbed.run.history, report.run.history, strict=True):
             assert before | {"seconds": 0} == after | {"seconds": 0}
+
+
+def test_continued_with_more_memory_the_rows_keep_their_order(
+    make_store: Callable, tmp_path, monkeypatch
+):
+    """Windows and blocks are those of the beginning, though now all rows would fit."""
+    monkeypatch.setattr(batches, "MIN_BLOCK_ROWS", 3)
+    store, wanted, plenty = make_store(n=240), config("linear", OFTEN), memory.plan
+
+    def scarce(needs: memory.Needs, budget: int) -> memory.Plan:
+        return replace(plenty(needs, budget), window_rows=100, block=3 * needs.stored)
+
+    monkeypatch.setattr(memory, "plan", scarce)
+    train(store, tmp_path / "whole", wanted)
+    stop_early(store, tmp_path / "stopped", wanted)
+    monkeypatch.setattr(memory, "plan", plenty)
+    assert train(store, tmp_path / "stopped", wanted).resumed
+    assert_same_bits(tmp_path / "whole", tmp_path / "stopped")
 
 
 CHILD = """
