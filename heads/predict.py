@@ -68,6 +68,7 @@ class Predictor:
         device: str | torch.device = "auto",
         batch_bytes: int | None = None,
     ) -> None:
+        batch_bytes = batch_bytes or BLOCK_BYTES
         self.run, self.store = run, store
         self.features = {role: store[name] for role, name in run.resolve_features(store).items()}
         self._done = np.logical_and.reduce([f.done for f in self.features.values()])
@@ -287,6 +288,9 @@ def default_split(store: "EmbeddingStore", rows: Rows | None = None) -> str | No
 def aligned_targets(run: Run, store: "EmbeddingStore", rows: Rows) -> Tensor:
     """Truth of ``rows`` in the run's label order: int8 (n, C) in {-1, 0, 1}, -1 for unknown rows.
 
+    A label of the run that the store lacks is no to rows with lists of labels, and unknown to rows
+    of a table with a column for each label.
+
     Raises:
         InputError: the store has a label that the run does not know.
     """
@@ -297,11 +301,24 @@ def aligned_targets(run: Run, store: "EmbeddingStore", rows: Rows) -> Tensor:
     place = {label: i for i, label in enumerate(run.label_set)}
     out = torch.zeros(len(rows), len(run.label_set), dtype=torch.int8)
     if len(store.label_set):
+        out[torch.from_numpy(_by_columns(store, rows))] = -1
         out[:, [place[label] for label in store.label_set]] = known
         out[(known < 0).all(1)] = -1
     else:
         out[:] = -1
     return out
+
+
+def _by_columns(store: "EmbeddingStore", rows: Rows) -> npt.NDArray[np.bool_]:
+    """(n,) whether the labels of each row came from columns of one label each."""
+    by = [
+        source.get("options", {}).get("label_column") not in (None, "-")
+        and source.get("columns", {}).get("labels") is None
+        for source in store.sources
+    ]
+    if not any(by):
+        return np.zeros(len(rows), bool)
+    return np.array(by)[store.column("_source").to_numpy()[rows]]
 
 
 def _truth(

@@ -208,6 +208,26 @@ def test_labels_are_aligned_by_name(make_store: MakeStore, make_run: MakeRun) ->
     assert not there[known][:, 3].any()
 
 
+def test_a_label_that_a_table_has_no_column_for_is_unknown(
+    make_store: MakeStore, make_run: MakeRun
+) -> None:
+    """Unlike one that lists of labels never name."""
+    source = {"options": {"label_column": "cat,dog,eel"}, "columns": {"labels": None}}
+    named = {"options": {"label_column": "tags"}, "columns": {"labels": "tags"}}
+    names = ("cat", "dog", "eel")
+    columns = make_store(label_set=names, source=source)
+    lists = make_store(label_set=names, source=named, name="lists")
+    run = make_run(make_store(label_set=("eel", "fox", "cat", "dog"), name="all"))
+    rows = np.arange(60)
+    known = rows != 3
+    found = aligned_targets(run, columns, rows).numpy()
+    np.testing.assert_array_equal(found[:, [2, 3, 0]], columns.labels.multi_hot(rows))
+    assert (found[:, 1] == -1).all()
+    assert not aligned_targets(run, lists, rows).numpy()[known, 1].any()
+    measured = evaluate(run, columns)
+    assert measured["unknown_entries"] == measured["samples"] == 57
+
+
 def test_strange_labels_are_refused(make_store: MakeStore, make_run: MakeRun) -> None:
     store = make_store("multiclass")
     run = make_run(store)
