@@ -68,7 +68,6 @@ class Predictor:
         device: str | torch.device = "auto",
         batch_bytes: int | None = None,
     ) -> None:
-        batch_bytes = batch_bytes or BLOCK_BYTES
         self.run, self.store = run, store
         self.features = {role: store[name] for role, name in run.resolve_features(store).items()}
         self._done = np.logical_and.reduce([f.done for f in self.features.values()])
