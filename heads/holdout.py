@@ -30,12 +30,14 @@ def hold_out(
     steps = np.floor(np.arange(len(order) + 1) * fraction + 0.5)
     held = np.zeros(len(order), bool)
     held[order[np.diff(steps) > 0]] = True
-    if not held.any():
+    sizes = np.bincount(stratum)
+    if not held.any() and sizes.max() > 1:
         # Out of the largest class: it can spare one best.
-        largest = np.bincount(stratum).argmax()
-        held[order[stratum[order] == largest][0]] = True
-    left = np.bincount(stratum[~held], minlength=int(stratum.max()) + 1)
-    held &= left[stratum] > 0
+        held[order[stratum[order] == sizes.argmax()][0]] = True
+    for lost in np.flatnonzero(
+        (sizes > 0) & (np.bincount(stratum[held], minlength=len(sizes)) == sizes)
+    ):
+        held[order[stratum[order] == lost][0]] = False
     if not held.any():
         raise InputError(
             f"{len(held)} samples are too few to hold some out for validation; give X_val and y_val"
