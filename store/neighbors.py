@@ -42,6 +42,10 @@ SAMPLE, MEASURED_K = 500, 10
 TRAIN_PER_LIST = 40
 """Vectors per list that clustering is trained on; FAISS asks for 39."""
 HNSW_LINKS, HNSW_BUILD = 32, 80
+MOST_ON_GPU = 2048
+"""Neighbours, and lists that are visited: FAISS selects no more of either on a GPU."""
+WIDE_K = 64
+"""From so many neighbours on a search looks farther than for the ten that recall is measured with."""
 BLOCK_BYTES = 64 << 20
 _FORMAT = 1
 
@@ -77,7 +81,7 @@ class NeighborIndex:
         """Rows of the store that can be found, ascending int64 (n,)."""
         self._feature = feature
         _set_effort(index, record.kind, record.effort)  # which a copy on a GPU takes over
-        self._index = _on_gpu(index, record.kind)
+        self._here, self._index = index, _on_gpu(index, record)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -106,7 +110,7 @@ class NeighborIndex:
             raise InputError("a query holds values that are not finite")
         if k < 1:
             raise InputError(f"k must be 1 or more, got {k}")
-        cosines, places = self._index.search(wanted, min(k, len(self.rows)))
+        cosines, places = self._found(wanted, min(k, len(self.rows)))
         missing = places < 0
         rows = np.where(missing, -1, self.rows[np.maximum(places, 0)])
         cosines = np.where(missing, np.float32(np.nan), cosines.clip(-1, 1))
@@ -115,6 +119,24 @@ class NeighborIndex:
             rows = np.pad(rows, ((0, 0), (0, short)), constant_values=-1)
             cosines = np.pad(cosines, ((0, 0), (0, short)), constant_values=np.nan)
         return rows, cosines
+
+    def _found(self, wanted: Vectors, k: int) -> tuple[Vectors, Rows]:
+        """Cosines and places (q, k) from the index; many neighbours are sought in more places."""
+        kind, effort = self.record.kind, self.record.effort
+        most = _most_effort(self._here, kind)
+        if not effort or k <= WIDE_K:
+            searched = self._index if k <= MOST_ON_GPU else self._here
+            cosines, places = searched.search(wanted, k)
+        else:
+            wider = effort * -(-k // WIDE_K)
+            effort = min(wider if kind == "ivf" else max(wider, 2 * k), most)
+            cosines, places = self._here.search(wanted, k, params=_params(kind, effort))
+        while 0 < effort < most and (short := (places < 0).any(1)).any():
+            effort = min(2 * effort, most)
+            cosines[short], places[short] = self._here.search(
+                wanted[short], k, params=_params(kind, effort)
+            )
+        return cosines, places
 
     def of_rows(self, rows: npt.ArrayLike, k: int) -> tuple[Rows, Vectors]:
         """The nearest *other* samples of rows of the store; see :meth:`search`.
@@ -214,10 +236,16 @@ def _content(store: EmbeddingStore, feature: Feature, rows: Rows) -> str:
 
 
 def _blocks(feature: Feature, rows: Rows) -> Iterator[Vectors]:
-    """The vectors of ``rows`` as float32 of length 1, some megabytes at a time."""
+    """The vectors of ``rows`` as float32 of length 1, some megabytes at a time.
+
+    Those that are not finite are zeros, whose cosine to anything is 0.
+    """
     step = max(1, BLOCK_BYTES // (4 * feature.shape[1]))
     for start in range(0, len(rows), step):
-        yield _unit(feature.take(rows[start : start + step]))
+        block = _unit(feature.take(rows[start : start + step]))
+        # One embedding that is not finite must not keep all others from being searched.
+        block[~np.isfinite(block).all(1)] = 0
+        yield block
 
 
 def _unit(vectors: npt.NDArray[Any]) -> Vectors:
@@ -243,6 +271,8 @@ def _build(feature: Feature, rows: Rows, kind: str, progress: Progress) -> Any:
         lists = 2 ** round(math.log2(4 * math.sqrt(len(rows))))
         lists = max(1, min(lists, len(rows) // TRAIN_PER_LIST))
         index = faiss.index_factory(width, f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
+        # Of a small set there may be fewer samples per list than FAISS likes, and it says so.
+        faiss.extract_index_ivf(index).cp.min_points_per_centroid = 1
     some = _spread(rows, max(1, lists) * TRAIN_PER_LIST)
     index.train(np.concatenate(list(_blocks(feature, some))))
     for block in _blocks(feature, rows):
@@ -285,9 +315,22 @@ def _set_effort(index: Any, kind: str, effort: int) -> None:
         index.hnsw.efSearch = effort
 
 
-def _on_gpu(index: Any, kind: str) -> Any:
+def _most_effort(index: Any, kind: str) -> int:
+    """The effort with which everything is looked at."""
+    if kind == "flat":
+        return 0
+    return int(index.nlist if kind == "ivf" else index.ntotal)
+
+
+def _params(kind: str, effort: int) -> Any:
+    if kind == "ivf":
+        return faiss.SearchParametersIVF(nprobe=effort)
+    return faiss.SearchParametersHNSW(efSearch=effort)
+
+
+def _on_gpu(index: Any, record: IndexRecord) -> Any:
     """The index on the GPUs, where there are any and they can search it."""
-    if kind == "hnsw" or faiss.get_num_gpus() < 1:
+    if record.kind == "hnsw" or record.effort > MOST_ON_GPU or faiss.get_num_gpus() < 1:
         return index
     return faiss.index_cpu_to_all_gpus(index)
 
@@ -325,7 +368,9 @@ def _read(files: Files, asked: IndexRecord) -> tuple[Any, IndexRecord] | None:
         return None
     try:
         record = IndexRecord(**json.loads(raw))
-    except (ValueError, TypeError):  # of another version, or damaged: it is made anew
+    except (ValueError, TypeError, RecursionError):  # of another version, or damaged: made anew
+        return None
+    if not isinstance(record.effort, int) or record.effort < 1:
         return None
     same = ("format", "feature", "fingerprint", "rows", "content", "kind")
     if any(getattr(record, name) != getattr(asked, name) for name in same):
@@ -333,4 +378,7 @@ def _read(files: Files, asked: IndexRecord) -> tuple[Any, IndexRecord] | None:
     data = files.read(index_key)
     if data is None or google_crc32c.value(data) != record.crc32c:
         return None
-    return faiss.deserialize_index(np.frombuffer(data, np.uint8)), record
+    try:
+        return faiss.deserialize_index(np.frombuffer(data, np.uint8)), record
+    except RuntimeError:  # written by a FAISS that this one does not read
+        return None

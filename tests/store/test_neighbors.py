@@ -1,5 +1,6 @@
 """Nearest samples: the truth found, indexes kept, and made anew when they are of something else."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import faiss
+import google_crc32c
 import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
@@ -119,6 +121,52 @@ def test_fewer_samples_than_neighbours(make):
     assert sorted(rows[0][rows[0] >= 0]) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_many_neighbours_are_found_too(make, kind):
+    store = make()
+    index = open_index(store, "clip/image", kind=kind)
+    rows, _ = index.search(vectors(5, seed=5), 514)
+    assert all(len(set(found)) == 514 and found.min() > 0 for found in rows)
+    some, _ = index.search(vectors(20, seed=5), 100)
+    expected, _ = truth(store, vectors(20, seed=5), 100)
+    found = [len(np.intersect1d(a, b)) / 100 for a, b in zip(some, expected, strict=True)]
+    assert np.mean(found) > 0.9
+
+
+def test_more_neighbours_than_a_gpu_selects_are_sought_on_the_cpu(make, monkeypatch):
+    class Gpu:
+        """Refuses as FAISS's GPU indexes do."""
+
+        d, asked = WIDTH, 0
+
+        def __init__(self, index):
+            self.index = index
+
+        def search(self, queries, k):
+            assert k <= 20, "a GPU selects no more"
+            Gpu.asked += 1
+            return self.index.search(queries, k)
+
+    monkeypatch.setattr(module, "MOST_ON_GPU", 20)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", Gpu, raising=False)
+    index = open_index(make(), "clip/image")
+    queries = vectors(5, seed=5)
+    few, _ = index.search(queries, 20)
+    many, _ = index.search(queries, 30)
+    assert Gpu.asked == 1
+    np.testing.assert_array_equal(few, many[:, :20])
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
+def test_an_embedding_that_is_not_finite_is_near_nothing(make, kind):
+    values = vectors()
+    values[9] = np.nan
+    rows, cosines = open_index(make(values=values), "clip/image", kind=kind).of_rows([8, 10], 5)
+    assert 9 not in rows
+    assert (cosines > 0).all()
+
+
 def test_an_index_is_kept_and_used_again(make, monkeypatch):
     store = make()
     first = open_index(store, "clip/image", kind="ivf")
@@ -129,7 +177,10 @@ def test_an_index_is_kept_and_used_again(make, monkeypatch):
     assert again.record.recall == first.record.recall
 
 
-@pytest.mark.parametrize("change", ["fingerprint", "content", "rows", "gone", "damage", "record"])
+CHANGES = ("fingerprint", "content", "rows", "gone", "damage", "record", "effort", "other faiss")
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_an_index_of_something_else_is_made_anew(make, change):
     store = make()
     before = open_index(store, "clip/image", kind="ivf")
@@ -173,12 +224,21 @@ def test_an_index_of_something_else_is_made_anew(make, change):
         data[len(data) // 2] ^= 1
         (folder / "image.ivf.faiss").write_bytes(data)
     else:
-        (folder / "image.ivf.json").write_text("{}", encoding="utf-8")
+        record, index = folder / "image.ivf.json", folder / "image.ivf.faiss"
+        kept = json.loads(record.read_text(encoding="utf-8"))
+        if change == "effort":
+            kept |= {"effort": "many"}
+        elif change == "other faiss":
+            index.write_bytes(b"IwXX" + index.read_bytes()[4:])
+            kept |= {"crc32c": google_crc32c.value(index.read_bytes())}
+        else:
+            kept = {}
+        record.write_text(json.dumps(kept), encoding="utf-8")
     said: list[str] = []
     reopened = EmbeddingStore.open(store.path)
     after = open_index(reopened, "clip/image", kind="ivf", report=said.append)
     assert said, "an old index was used"
-    if change not in ("damage", "record"):
+    if change in ("content", "rows", "gone", "fingerprint"):
         assert after.record.content != before.record.content or change == "fingerprint"
     stored = reopened["clip/image"].take(after.rows[:30])
     rows, cosines = after.search(stored, 1)
