@@ -72,8 +72,12 @@ def allowed(device: torch.device) -> int:
     """Bytes that training data may take on ``device`` unless the user says."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * SHARE_ELSEWHERE)
-    free = min(psutil.virtual_memory().available, _container_free())
-    return int(free * SHARE.get(device.type, SHARE_ELSEWHERE)) // launched_here()
+    return int(free() * SHARE.get(device.type, SHARE_ELSEWHERE)) // launched_here()
+
+
+def free() -> int:
+    """Bytes of memory that this machine, or container, has left."""
+    return int(min(psutil.virtual_memory().available, _container_free()))
 
 
 def give_back() -> None:

@@ -45,7 +45,7 @@ HNSW_LINKS, HNSW_BUILD = 32, 80
 MOST_ON_GPU = 2048
 """Neighbours, and lists that are visited: FAISS selects no more of either on a GPU."""
 WIDE_K = 64
-"""From so many neighbours on a search looks farther than for the ten that recall is measured with."""
+"""For more neighbours a search looks farther than for the ten that recall is measured with."""
 BLOCK_BYTES = 64 << 20
 _FORMAT = 1
 
@@ -323,9 +323,10 @@ def _most_effort(index: Any, kind: str) -> int:
 
 
 def _params(kind: str, effort: int) -> Any:
+    made: Any = faiss  # whose types know neither class in full
     if kind == "ivf":
-        return faiss.SearchParametersIVF(nprobe=effort)
-    return faiss.SearchParametersHNSW(efSearch=effort)
+        return made.SearchParametersIVF(nprobe=effort)
+    return made.SearchParametersHNSW(efSearch=effort)
 
 
 def _on_gpu(index: Any, record: IndexRecord) -> Any:

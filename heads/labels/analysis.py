@@ -1,8 +1,8 @@
 """`mmc labels`: what a store's labels and neighbours tell, as files in one folder."""
 
 import itertools
-import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from mmc.heads.labels.graphfiles import graph_json, graphml, label_graph
 from mmc.heads.labels.material import Material, Progress
 from mmc.heads.labels.options import LabelsConfig
 from mmc.heads.labels.page import GROUP_SAMPLES, GROUPS, Findings, Thumbnail, page
+from mmc.heads.labels.size import check_size
 from mmc.heads.labels.tables import separator, write_table
 from mmc.heads.labels.unseen import RunView
 from mmc.heads.runfiles import write_atomic
@@ -37,6 +38,8 @@ FILES = (
     "label_graph.json",
     "index.html",
 )
+LEFT_BY_VIEWERS = ("Thumbs.db", "desktop.ini")
+"""Besides hidden files and those that begin with ~: what looking into a folder may leave there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,8 @@ class LabelsReport:
     duplicates: dict[str, dict[str, Any]]
     """Kind -> groups, samples, leaking groups, threshold (None: exact)."""
     to_label: int
+    known_in_part: int
+    """Samples of which some labels are known and others not; to_label.csv has none of them."""
     outliers: int
     graph: dict[str, int]
     """labels, edges."""
@@ -87,11 +92,16 @@ class LabelsReport:
             )
         lines += [
             f"outliers    {self.outliers:,}",
-            f"to label    {self.to_label:,}",
+            f"to label    {self.to_label:,}{self._partly()}",
             f"label graph {self.graph['labels']:,} labels, {self.graph['edges']:,} edges",
             f"written     {self.out}/index.html and {len(self.files) - 1} more files",
         ]
         return "\n".join(lines)
+
+    def _partly(self) -> str:
+        if not self.known_in_part:
+            return ""
+        return f", besides {self.known_in_part:,} samples of which single labels are not known"
 
 
 def analyse_labels(
@@ -119,6 +129,7 @@ def analyse_labels(
     folder = _folder(out)
     joined = separator(store.label_set)
     material = Material(store, config.features, run=run, device=config.device)
+    check_size(material, with_run=run is not None, report=report)
     with _appearing(folder) as beside:
         view = None if run is None else RunView(run, material, progress)
         near = around(material, progress, report)
@@ -170,6 +181,7 @@ def analyse_labels(
             disagreeing_labels=list(dict.fromkeys(r["label"] for r in by_label if r["disagree"])),
             duplicates={group.kind: _told(material, group) for group in groups},
             to_label=len(next_ones),
+            known_in_part=int(np.count_nonzero(np.diff(material.labels.unknown_indptr))),
             outliers=sum(row["score"] >= outliers.FLOOR for row in far),
             graph={"labels": made.number_of_nodes(), "edges": made.number_of_edges()},
             files=list(FILES),
@@ -211,9 +223,12 @@ def _appearing(folder: Path) -> Iterator[Path]:
 
     It is made at once, so that a place that cannot be written is known before any work.
     """
-    beside = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    beside = None
     try:
-        beside.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Not by the number of the process: in a container that is the same each time.
+        name = f"{folder.resolve().name}."
+        beside = Path(tempfile.mkdtemp(".partial", name, folder.resolve().parent))
         yield beside
         folder.mkdir(exist_ok=True)
         for name in FILES:
@@ -223,7 +238,8 @@ def _appearing(folder: Path) -> Iterator[Path]:
             f"cannot write {folder}: {error.strerror or error}; make room or rights, then go on"
         ) from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def _told(material: Material, groups: duplicates.Groups) -> dict[str, Any]:
@@ -243,7 +259,7 @@ def _folder(out: str | Path) -> Path:
     others = (
         sorted(p.name for p in folder.iterdir() if p.name not in FILES) if folder.exists() else []
     )
-    others = [name for name in others if not name.endswith(".partial")]
+    others = [n for n in others if not (n.startswith((".", "~")) or n in LEFT_BY_VIEWERS)]
     if others:
         raise InputError(
             f"{folder} holds other content ({others[0]}); name a new folder with --out"

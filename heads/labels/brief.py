@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from mmc.heads.labels import nearest, suspects
 from mmc.heads.labels.around import around_some, shares
 from mmc.heads.labels.material import Material, Progress
+from mmc.heads.labels.size import check_size
 from mmc.heads.labels.unseen import RunView
 from mmc.store.errors import InputError
 
@@ -27,9 +28,13 @@ class Brief:
 def brief(
     store: "EmbeddingStore", run: "Run", limit: int, *, device: str, progress: Progress
 ) -> Brief:
-    """``limit`` suspects of each kind, and the nearest labels, by all labelled samples."""
+    """``limit`` suspects of each kind, and the nearest labels, by all labelled samples.
+
+    None where that would take more memory than there is: the rest of a report needs far less.
+    """
     try:
         material = Material(store, run=run, device=device)
+        check_size(material, with_run=True)
     except InputError as error:  # a run may read tokens alone, and a store hold nothing else
         return Brief(suspects=[], nearest=[], without=str(error))
     view = RunView(run, material, progress, trained=False)

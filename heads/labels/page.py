@@ -102,7 +102,7 @@ def page(material: Material, found: Findings, thumbnail: Thumbnail | None = None
         ("nearest", "Nearest labels", _nearest(found.nearest)),
         ("together", "Labels that occur together", _heat(material, found.views)),
         ("duplicates", "Duplicates", _duplicates(found, pictures)),
-        ("to-label", "What to label next", _to_label(found.to_label, pictures)),
+        ("to-label", "What to label next", _next(found, pictures)),
         ("outliers", "Outliers", _outliers(found.outliers, pictures)),
         ("files", "Files", _files(found.report.files)),
     ]
@@ -246,9 +246,16 @@ def _duplicates(found: Findings, pictures: _Pictures) -> str:
     return "".join(parts)
 
 
+def _next(found: Findings, pictures: _Pictures) -> str:
+    text, partly = _to_label(found.to_label, pictures), found.report.known_in_part
+    if partly:
+        text += f"<p>Besides there are {partly:,} samples of which single labels are not known.</p>"
+    return text
+
+
 def _to_label(rows: list[dict[str, Any]], pictures: _Pictures) -> str:
     if not rows:
-        return "<p>Every sample is labelled.</p>"
+        return "<p>Every sample has labels.</p>"
     lines = [
         [
             pictures.html(row),

@@ -3,7 +3,7 @@
 import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mmc.heads.formats import SEPARATORS
 from mmc.store.errors import InputError
@@ -37,7 +37,19 @@ def write_table(
 ) -> None:
     """Write ``columns`` of the rows into a new file, as they come."""
     with path.open("x", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
+        # A line end of its own makes Python quote both CR and LF in cells; lines end in LF.
+        writer = csv.writer(_Lines(file), lineterminator="\r\n")
         writer.writerow(columns)
         for row in rows:
             writer.writerow([cell(row[name], joined) for name in columns])
+
+
+class _Lines:
+    """A file for `csv.writer`, which gives it a line at a time."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, line: str) -> int:
+        """Write a line that ends in CR LF with LF alone."""
+        return self._file.write(line.removesuffix("\r\n") + "\n")

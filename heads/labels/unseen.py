@@ -109,9 +109,13 @@ def join(
         if weights[0] >= weights[1]:
             return own, "own"
         return run.clamp(LEAST, 1 - LEAST), "run"
-    joined = _log_odds(own) * float(weights[0]) + _log_odds(run) * float(weights[1]) + bias
-    p = joined.sigmoid() if task == "multilabel" else joined.softmax(1)
-    return p.clamp(LEAST, 1 - LEAST), "both"
+    out = torch.empty_like(own)
+    step = max(1, JOIN_ENTRIES // own.shape[1])
+    for at in (slice(i, i + step) for i in range(0, len(own), step)):
+        joined = _log_odds(own[at]) * float(weights[0]) + _log_odds(run[at]) * float(weights[1])
+        joined += bias
+        out[at] = joined.sigmoid() if task == "multilabel" else joined.softmax(1)
+    return out.clamp_(LEAST, 1 - LEAST), "both"
 
 
 def _log_odds(p: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -24,7 +25,7 @@ from mmc.heads.report.markup import esc, number, paragraph
 from mmc.heads.report.measured import Measured, intervals, measure
 from mmc.heads.report.samples import SHOWN
 from mmc.heads.runfiles import write_atomic
-from mmc.store.errors import InputError
+from mmc.store.errors import InputError, MmcError
 from mmc.store.registry import load, lookup
 
 if TYPE_CHECKING:
@@ -101,13 +102,13 @@ def write_report(
     path = Path(out)
     if path.is_dir():
         raise InputError(f"{path} is a folder; name a file to write")
+    _check_place(path)
     main = _measured(run, store, split, device, report)
     report(f"drawing samples anew for the intervals ({len(main):,} samples)")
     found = intervals(main, run.task, seed=seed)
     looked = brief(store, run, SHOWN, device=device, progress=progress)
     text = render(run, store, main, looked, found, thumbnail=thumbnail, device=device)
     data = text.encode("utf-8", "backslashreplace")
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, data)
     name = HEADLINE[run.task]
     return PageReport(
@@ -119,6 +120,18 @@ def write_report(
         value=main.metrics[name],
         interval=None if math.isnan(found[name][0]) else found[name],
     )
+
+
+def _check_place(path: Path) -> None:
+    """Make the folder of ``path``, and a file there, so that no work is done for nothing."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise MmcError(
+            f"cannot write {path}: {error.strerror or error}; name another file with --out"
+        ) from error
 
 
 def _measured(

@@ -2,14 +2,19 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from labels_case import store_of
+
+from mmc.heads.labels import size
 
 TABLES = ("nearest_labels", "samples", "suspects", "duplicates", "to_label", "outliers")
 VOID = {"meta", "link", "br", "img"}
@@ -212,6 +217,55 @@ def test_stores_of_all_kinds(mmc, tmp_path, kind):
     assert all(
         row["kind"] == "wrong" for row in found["suspects"] if kind in ("multiclass", "binary")
     )
+
+
+def test_the_folder_may_be_the_current_one_and_hold_what_viewers_leave(mmc, tmp_path, monkeypatch):
+    store_of(tmp_path / "s", np.eye(8), [[0]] * 8, "ab")
+    here = tmp_path / "out"
+    here.mkdir()
+    (here / ".DS_Store").touch()
+    (here / "desktop.ini").touch()
+    # What a killed process left, of the same number as ours: in a container all have one number.
+    (tmp_path / f"out.{os.getpid()}.partial").mkdir()
+    monkeypatch.chdir(here)
+    result = mmc("labels", tmp_path / "s", "--out", ".")
+    assert result.code == 0, result.err
+    assert (here / "index.html").exists()
+    assert len(list(here.iterdir())) == 11
+    assert len(list(tmp_path.glob("out.*"))) == 1
+
+
+def test_line_ends_of_texts_stay_within_their_cells(mmc, tmp_path):
+    texts = ["one\rtwo", "one\ntwo", "one\r\ntwo", "plain"] * 3
+    columns = {"text": texts, "text_key": ["same"] * 12}
+    store_of(
+        tmp_path / "s", np.random.default_rng(0).normal(size=(12, 4)), [[0]] * 12, "ab", **columns
+    )
+    assert mmc("labels", tmp_path / "s", "--out", tmp_path / "out").code == 0
+    path = tmp_path / "out" / "duplicates.csv"
+    assert [row["text"] for row in read(path)] == texts
+    assert path.read_bytes().count(b"\r") == 6
+    assert pd.read_csv(path).text.tolist() == texts
+
+
+def test_samples_known_in_part_are_counted_beside_those_to_label(mmc, tmp_path):
+    unknown = [[1]] * 4 + [[]] * 8
+    store_of(tmp_path / "s", np.eye(12), [[0]] * 12, "ab", unknown_labels=unknown)
+    result = mmc("labels", tmp_path / "s", "--out", tmp_path / "out")
+    assert "to label    0, besides 4 samples of which single labels are not known" in result.out
+    assert "4 samples of which single" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_tables_that_do_not_fit_are_refused_before_any_work(mmc, tmp_path, monkeypatch):
+    store_of(tmp_path / "s", np.eye(12), [[0]] * 12, "ab")
+    monkeypatch.setattr(size, "WORTH_SAYING", 100)
+    said = mmc("labels", tmp_path / "s", "--out", tmp_path / "out")
+    assert "tables of 12 samples x 2 labels take 216 bytes of memory" in said.err
+    monkeypatch.setattr(size, "free", lambda: 200)
+    refused = mmc("labels", tmp_path / "s", "--out", tmp_path / "other")
+    assert refused.code == 2
+    assert "200 bytes are free" in refused.error
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")

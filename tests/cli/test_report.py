@@ -33,3 +33,8 @@ def test_report_says_what_is_wrong(mmc: Callable, trained, tmp_path: Path):
     assert mmc("report", store, "--out", tmp_path / "r.html").code == 2
     assert mmc("report", run, "--out", tmp_path).code == 2
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    below = mmc("report", run, "--out", tmp_path / "file" / "r.html")
+    assert below.code == 1
+    assert "cannot write" in below.error
+    assert "measuring" not in below.err
