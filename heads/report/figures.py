@@ -72,7 +72,7 @@ def quality(run: Run, measured: Measured, found: dict[str, tuple[float, float]])
             continue
         low, high = found.get(name, (float("nan"),) * 2)
         first = ' class="first"' if name == HEADLINE[run.task] else ""
-        span = f"{number(low)} to {number(high)}"
+        span = "too few samples of a label" if np.isnan(low) else f"{number(low)} to {number(high)}"
         cards.append(
             f"<div{first}><dt>{esc(NAMES[name])}</dt><dd>{number(value)}"
             f"<span>95 %: {span}</span></dd></div>"

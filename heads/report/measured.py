@@ -130,7 +130,11 @@ def reliability(
 
 
 def intervals(measured: Measured, task: str, *, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals of the headline figures: rows drawn with replacement, seeded."""
+    """95 % percentile intervals of the headline figures: rows drawn with replacement, seeded.
+
+    NaN where the figure itself lies outside: of labels with one sample or two, draws hold copies of
+    it or none, whose figures are not those of other samples.
+    """
     targets = task_targets(measured.truth, task)
     ranked = {"multilabel": ("mAP",), "binary": ("auroc", "ap"), "multiclass": ()}[task]
     draws = {
@@ -142,7 +146,12 @@ def intervals(measured: Measured, task: str, *, seed: int = 0) -> dict[str, tupl
         for name, values in counted(measured, task, counts).items():
             blocks.setdefault(name, []).append(values)
     draws |= {name: np.concatenate(parts) for name, parts in blocks.items()}
-    return {name: interval(values) for name, values in draws.items()}
+    found = {name: interval(values) for name, values in draws.items()}
+    for name, (low, high) in found.items():
+        value = measured.metrics.get(name)
+        if value is not None and not low - 1e-9 <= value <= high + 1e-9:
+            found[name] = (float("nan"), float("nan"))
+    return found
 
 
 def counted(measured: Measured, task: str, counts: npt.NDArray[np.int32]) -> dict[str, Floats]:

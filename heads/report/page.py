@@ -246,8 +246,8 @@ def _lead(run: Run, main: Measured, found: dict[str, tuple[float, float]]) -> st
     low, high = found[name]
     value = "not defined"
     if main.metrics[name] is not None:
-        span = f"(95 % interval {number(low)} to {number(high)})"
-        value = f"{number(main.metrics[name])} {span}"
+        span = f" (95 % interval {number(low)} to {number(high)})"
+        value = number(main.metrics[name]) + ("" if math.isnan(low) else span)
     return (
         f"{article} {run.head} head that reads {reads} and gives a sample {kind}.{about} On "
         f"{len(main):,} labelled samples of {main.split} its {figures.NAMES[name]} is {value}."

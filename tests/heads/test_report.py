@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -23,6 +24,7 @@ from sklearn import metrics as reference
 from mmc.heads.bootstrap import drawn, resampled
 from mmc.heads.labels.analysis import analyse_labels
 from mmc.heads.labels.options import LabelsConfig
+from mmc.heads.metrics import evaluate
 from mmc.heads.report import samples
 from mmc.heads.report.charts import _ticks
 from mmc.heads.report.figures import precision_recall
@@ -150,6 +152,16 @@ def test_intervals_hold_the_figures_and_repeat():
     low, high = found["mAP"]
     assert low < value < high
     assert 0.02 < high - low < 0.2
+
+
+def test_an_interval_that_does_not_hold_its_figure_is_not_given():
+    one_each = replace(answers("multilabel", n=40, c=40), truth=torch.eye(40, dtype=torch.int8))
+    names = [str(label) for label in range(40)]
+    value = evaluate(one_each.logits, one_each.truth, "multilabel", label_set=names)["mAP"]
+    bare = intervals(one_each, "multilabel")["mAP"]
+    assert value < bare[0], "copies of the only sample of a label rank it too well"
+    found = intervals(replace(one_each, metrics={"mAP": value}), "multilabel")["mAP"]
+    assert np.isnan(found).all()
 
 
 def test_curves_are_those_of_scikit_learn():
