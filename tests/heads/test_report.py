@@ -155,8 +155,9 @@ def test_intervals_hold_the_figures_and_repeat():
 
 
 def test_an_interval_that_does_not_hold_its_figure_is_not_given():
-    one_each = replace(answers("multilabel", n=40, c=40), truth=torch.eye(40, dtype=torch.int8))
-    names = [str(label) for label in range(40)]
+    truth = torch.eye(50, dtype=torch.int8).repeat(1, 12)
+    one_each = replace(answers("multilabel", n=50, c=600), truth=truth)
+    names = [str(label) for label in range(600)]
     value = evaluate(one_each.logits, one_each.truth, "multilabel", label_set=names)["mAP"]
     bare = intervals(one_each, "multilabel")["mAP"]
     assert value < bare[0], "copies of the only sample of a label rank it too well"
