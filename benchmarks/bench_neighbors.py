@@ -27,18 +27,23 @@ from mmc.store import EmbeddingStore, FieldSpec
 from mmc.store.neighbors import open_index
 
 K = 10
+CLUSTERS = 1000
 
 
 def clustered(count: int, dim: int, seed: int) -> Any:
-    """float16 (count, dim): 1,000 clusters around a common part, the same for every seed."""
-    centres = np.random.default_rng(0).normal(size=(1000, dim)).astype(np.float32) + 1
-    draw = np.random.default_rng(seed)
+    """float16 (count, dim): clusters around a common part, the same for every seed."""
+    centres = np.random.default_rng(0).normal(size=(CLUSTERS, dim)).astype(np.float32) + 1
+    draw, found = np.random.default_rng(seed), clusters_of(count, seed)
     out = np.empty((count, dim), np.float16)
     for i in range(0, count, 1 << 16):
-        n = min(1 << 16, count - i)
-        noise = draw.standard_normal((n, dim), np.float32)
-        out[i : i + n] = centres[draw.integers(0, 1000, n)] + noise
+        part = found[i : i + (1 << 16)]
+        out[i : i + len(part)] = centres[part] + draw.standard_normal((len(part), dim), np.float32)
     return out
+
+
+def clusters_of(count: int, seed: int) -> Any:
+    """(count,) the cluster that each of these vectors lies in."""
+    return np.random.default_rng([seed, 1]).integers(0, CLUSTERS, count)
 
 
 def make_store(folder: Path, vectors: Any) -> EmbeddingStore:
