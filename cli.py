@@ -807,7 +807,7 @@ def neighbors_command(
     from mmc.extract.queries import embed_query
     from mmc.store import EmbeddingStore
     from mmc.store.nearest import described, format_neighbors, nearest_samples
-    from mmc.store.neighbors import open_index
+    from mmc.store.neighbors import open_index, vector_features
 
     opened = EmbeddingStore.open(store)
     asked = embed_query(opened, query, kind=by, feature=features, device=device)
@@ -819,7 +819,12 @@ def neighbors_command(
     if json_output:
         _print_json({"by": asked.kind, "feature": asked.feature, "query": told, "neighbors": found})
     else:
+        if asked.kind == "text" and by == "auto" and len(query.split()) == 1:
+            _say(f"{query!r} is the id of no sample and no picture: taken for a text")
         _say(f"nearest by {asked.kind}: {searched}")
+        others = [name for name in vector_features(opened) if name != asked.feature]
+        if others and features is None:
+            _say(f"--features searches others: {', '.join(others)}")
         print(format_neighbors(found, told))
 
 

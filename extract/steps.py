@@ -88,7 +88,10 @@ def data_steps(recipe: Recipe) -> Data:
             raise InputError(f"{nodes[key].where}: {key} needs a `source` to read")  # type: ignore[union-attr]
         return Data([], store, None)
     if not asked:
-        raise InputError(f"{node.where}: nothing reads the source; add `extract` or `prepare`")
+        raise InputError(
+            f"{node.where}: nothing reads the source; add `extract` or `prepare`, "
+            "or leave `source` out"
+        )
     source = read_place(node, "source")
     with located(node.where, "source"):
         check_source(source.spec)

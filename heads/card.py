@@ -141,7 +141,7 @@ def _head(run: "Run") -> str:
     return (
         f"# {name}\n\n"
         f"A `{run.head}` head for a {run.task} task with {len(run.label_set)} labels, on frozen "
-        f"features: {inputs}. {run.parameters:,} numbers, {how}seed {run.seed}.{_about(run)}"
+        f"features: {inputs}. {run.parameters:,} parameters, {how}seed {run.seed}.{_about(run)}"
     )
 
 

@@ -318,7 +318,9 @@ class _Tally:
         name = "better than random"
         chance = self.chance
         if not chance.rows:
-            return Check(name, True, "not compared: these samples have no labels", asked=False)
+            return Check(
+                name, True, "not compared: no labels of the run to compare with", asked=False
+            )
         expected, reached, best = chance.deviations()
         detail = (
             f"{chance.hits:.0f} of {chance.true.sum():.0f} labels found, {expected:.1f} by chance, "

@@ -118,7 +118,8 @@ def format_table(result: Mapping[str, Any]) -> str:
     if len(kept) < len(labels):
         gap = (f"... {len(labels) - len(kept)} more", *[""] * (len(columns) - 1))
         body.insert(SHOWN, gap)
-    return "\n".join([*lines, "", *aligned([tuple(columns), *body])])
+    heads = (f"label, on {list(by_split)[-1]}", *columns[1:])
+    return "\n".join([*lines, "", *aligned([heads, *body])])
 
 
 def aligned(rows: list[tuple[str, ...]], left: int = 1) -> list[str]:

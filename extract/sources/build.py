@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,11 @@ from numpy.typing import NDArray
 
 from mmc.extract.sources import cells, columns, splits
 from mmc.extract.sources.base import Part, Samples, SourceOptions, shown
-from mmc.extract.sources.columns import Roles
+from mmc.extract.sources.columns import Roles, written_columns
 from mmc.extract.sources.duplicates import counts as counted
 from mmc.extract.sources.ids import check_filled, check_unique, find_ids
 from mmc.extract.sources.images import ImageColumn, Located, Where, locate_images
-from mmc.extract.sources.label_columns import read_label_columns
+from mmc.extract.sources.label_columns import columns_of_zeros_and_ones, read_label_columns
 from mmc.extract.sources.labels import Labels, missing_markers, read_labels, unlabelled
 from mmc.extract.sources.merge import Rules, parse_merge
 from mmc.extract.sources.texts import blank_to_null, text_of
@@ -80,7 +81,8 @@ def build(spec: str, parts: Sequence[Part], options: SourceOptions) -> Samples:
     check_unique(core, where)
     if any(_is_format_column(part, "size") for part in parts):
         core["size"] = _whole_numbers(parts, "size")
-    table = pa.table({**core, **_other_columns(parts, roles, options)})
+    others = _other_columns(parts, roles, options)
+    table = pa.table({**core, **others})
     counts = {**counted(table), "missing_images": images.missing}
     notes += [*images.notes, *labels.notes, *_count_lines(counts)]
     source = {
@@ -104,7 +106,7 @@ def build(spec: str, parts: Sequence[Part], options: SourceOptions) -> Samples:
         task=labels.task,
         source=source,
         notes=notes,
-        advice=_advice(counts, labels, options),
+        advice=[*_advice(counts, labels, options), *_label_advice(roles, others, options)],
         warnings=[
             *(warning for part in parts for warning in part.records.warnings),
             *images.warnings,
@@ -396,6 +398,21 @@ def _count_lines(counts: dict[str, Any]) -> list[str]:
     return [
         f"{counts['samples']} samples ({divided}); {counts['images']} with an image,"
         f" {counts['texts']} with a text, {counts['labelled']} labelled"
+    ]
+
+
+def _label_advice(
+    roles: Sequence[Roles], others: Mapping[str, pa.ChunkedArray], options: SourceOptions
+) -> list[str]:
+    """A table whose labels are a column each has none without the option: say which they may be."""
+    if options.label_column is not None or any(role.labels is not None for role in roles):
+        return []
+    names = columns_of_zeros_and_ones(others)
+    if not names:
+        return []
+    return [
+        "no column of labels was recognised; if those of 0 and 1 are labels, add"
+        f" --label-column {shlex.quote(written_columns(names))}"
     ]
 
 

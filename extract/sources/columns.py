@@ -177,6 +177,13 @@ def named_columns(text: str) -> list[str]:
     return list(names)
 
 
+def written_columns(names: Sequence[str]) -> str:
+    """The value of ``label_column`` that means these columns."""
+    if any(set(name) & set(",*[") or name != name.strip() for name in names):
+        return json.dumps(list(names), ensure_ascii=False)
+    return ",".join(names)
+
+
 def matching_columns(names: Sequence[str], text: str) -> tuple[str, ...]:
     """Those of ``names``, in their order, that several label columns mean; `*` is any text."""
     found: set[str | None] = set()

@@ -8,7 +8,7 @@ choice of those who made the table: some mean "no" by an empty cell. ``missing_l
 cells that mean "not known", and an empty one means "no" then.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -101,6 +101,37 @@ def read_label_columns(
     return labels
 
 
+def columns_of_zeros_and_ones(columns: Mapping[str, pa.ChunkedArray]) -> list[str]:
+    """Names of the columns that could each be a label: some 1, else 0, -1 or nothing."""
+    tally = _Tally(None)
+    return [
+        name
+        for name, column in columns.items()
+        # Most columns are told by their first cells.
+        if _may_be_label(tally, column.slice(0, FIRST)) and _may_be_label(tally, column, some=True)
+    ]
+
+
+FIRST = 1000
+"""Cells of a column that are looked at before all are."""
+
+
+def _may_be_label(tally: "_Tally", column: pa.ChunkedArray, *, some: bool = False) -> bool:
+    """Whether all cells can be read, and with ``some`` there is a yes and something else."""
+    kind = column.type
+    if not (
+        pa.types.is_boolean(kind)
+        or pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+    ):
+        return False
+    cells = pc.unique(column).to_pylist()
+    values = {tally.value("" if cell is None else str(cell)) for cell in cells}
+    return values <= {_YES, _NO, _UNKNOWN} and (not some or (_YES in values and len(values) > 1))
+
+
 class _Tally:
     """Reads cells, and counts those that are no plain yes or no."""
 
@@ -118,7 +149,7 @@ class _Tally:
         encoded = part.column(name).combine_chunks().dictionary_encode()
         codes = pc.fill_null(encoded.indices, len(encoded.dictionary)).to_numpy()
         texts = [*encoded.dictionary.to_pylist(), ""]
-        values = np.array([self._value(text) for text in texts], np.int8)
+        values = np.array([self.value(text) for text in texts], np.int8)
         counts = np.bincount(codes, minlength=len(texts))
         for code, text in enumerate(texts):
             if not counts[code]:
@@ -147,7 +178,7 @@ class _Tally:
             f" --missing-labels {kept}"
         ]
 
-    def _value(self, text: str) -> int:
+    def value(self, text: str) -> int:
         """1, 0, -1, or 2 of what is none of them."""
         text = text.strip()
         number = _number(text)

@@ -53,6 +53,8 @@ class LabelsReport:
     features: list[str]
     suspects: dict[str, int]
     """missing, extra, wrong -> how many are listed."""
+    likely: int
+    """How many of those have a score of 0.5 or more."""
     evidence: dict[str, int]
     """What labels were judged by -> labelled samples; see suspects.csv."""
     disagreeing_labels: list[str]
@@ -70,12 +72,13 @@ class LabelsReport:
     def __str__(self) -> str:
         """A line per finding."""
         listed = [f"{count:,} {kind}" for kind, count in self.suspects.items() if count]
+        likely = f" listed, {self.likely:,} with a score of 0.5 or more" if listed else ""
         judged = ", ".join(f"{kind} of {count:,}" for kind, count in self.evidence.items())
         by = f"; by {judged} samples" if judged else ""
         lines = [
             f"samples     {self.samples:,}, {self.labelled:,} labelled, by "
             f"{' + '.join(self.features)}",
-            f"suspects    {', '.join(listed) or 'none'}{by}",
+            f"suspects    {', '.join(listed) or 'none'}{likely}{by}",
         ]
         for kind, found in self.duplicates.items():
             near = f", cosine {found['threshold']:.4f} or more" if found["threshold"] else ""
@@ -177,6 +180,7 @@ def analyse_labels(
             labels=len(store.label_set),
             features=list(material.features),
             suspects={kind: sum(r["kind"] == kind for r in doubtful) for kind in suspects.KINDS},
+            likely=sum(row["score"] >= 0.5 for row in doubtful),
             evidence=_evidence(judged),
             disagreeing_labels=list(dict.fromkeys(r["label"] for r in by_label if r["disagree"])),
             duplicates={group.kind: _told(material, group) for group in groups},

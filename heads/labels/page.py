@@ -40,14 +40,15 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 1rem; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
 nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1rem; list-style: none; padding: 0; }
-.wide { overflow-x: auto; } .soft, caption { color: var(--soft); }
+.wide { overflow-x: auto; } .soft { color: var(--soft); }
+p { max-width: 46rem; }
+.hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 .wide:focus-visible, a:focus-visible { outline: 3px solid #2563eb; outline-offset: 2px; }
 table { border-collapse: collapse; font-size: .9rem; }
-caption { text-align: left; padding: .4rem 0; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: left;
   vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-.id { overflow-wrap: anywhere; }
+.id { overflow-wrap: anywhere; } .sample { min-width: 13rem; }
 img { display: block; max-width: 96px; max-height: 96px; }
 .differ { color: var(--mark); font-weight: 600; }
 .heat td { min-width: 2.2rem; padding: .2rem; text-align: center; color: CanvasText; }
@@ -212,10 +213,11 @@ def _heat(material: Material, views: Views) -> str:
             )
         lines.append(f'<tr><th scope="row">{name}</th>{"".join(cells)}</tr>')
     return (
+        '<p class="soft">Of 100 samples with the label of the row, how many have that of the '
+        f"column, too. The {len(shown)} most frequent labels.</p>"
         '<div class="wide" tabindex="0" role="region" aria-label="Labels that occur together">'
-        '<table class="heat"><caption>Of 100 samples with the label of the row, '
-        f"how many have that of the column, too. The {len(shown)} most frequent labels."
-        f"</caption><thead><tr><td></td>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+        '<table class="heat"><caption class="hidden">Labels that occur together</caption>'
+        f"<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
         "</div>"
     )
 
@@ -325,8 +327,9 @@ def _table(
             cells[0] = f'<th scope="row">{line[0]}</th>'
         body.append(f"<tr>{''.join(cells)}</tr>")
     return (
+        f'<p class="soft">{note}</p>'
         f'<div class="wide" tabindex="0" role="region" aria-label="{title}"><table>'
-        f"<caption>{note}</caption><thead><tr>{head}</tr></thead>"
+        f'<caption class="hidden">{title}</caption><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 
@@ -334,7 +337,7 @@ def _table(
 def _sample(row: Mapping[str, Any]) -> str:
     text = " ".join(row["text"].split())
     text = text if len(text) <= TEXT else text[: TEXT - 1] + "…"
-    return f'<span class="id">{esc(row["id"])}</span><br>{esc(text)}'
+    return f'<div class="sample"><span class="id">{esc(row["id"])}</span><br>{esc(text)}</div>'
 
 
 def _labels(names: list[str] | None) -> str:

@@ -151,11 +151,11 @@ def suspects(found: Brief, album: Album) -> str:
 
 
 def _suspect(row: Mapping[str, Any], question: str, album: Album) -> str:
-    told = [f"{row['probability']:.2f} ({row['evidence']})"]
+    told = [f"probability {row['probability']:.2f} ({row['evidence']})"]
     if row["neighbors"] is not None:
-        told.append(f"nearest samples {row['neighbors']:.2f}")
+        told.append(f"by the nearest samples {row['neighbors']:.2f}")
     if row["run"] is not None:
-        told.append(f"run {row['run']:.2f}")
+        told.append(f"by the run {row['run']:.2f}")
     names = row["labels"] or []
     given = ", ".join(names[:TAGS]) or "none"
     more = f" and {len(names) - TAGS} more" if len(names) > TAGS else ""

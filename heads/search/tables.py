@@ -134,7 +134,7 @@ def _tables(search: Mapping[str, Any]) -> dict[str, Rows]:
     if "folds" in search:
         folds = search["folds"]
         found["folds"] = [
-            (f"{len(folds['by_fold'])} folds", "out of fold", "all together"),
+            (f"{len(folds['by_fold'])} folds", "mean ± std of folds", "all rows pooled"),
             *(
                 (
                     name,

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 
 import numpy as np
 import pandas as pd
@@ -253,3 +254,32 @@ def test_a_table_with_captions_keeps_what_is_unknown(tmp_path, name):
     names = [before.label_set.index(label) for label in after.label_set]
     assert hot(after) == [[row[at] for at in names] for row in hot(before)]
     assert after.table["generated"].to_pylist() == ["x"] * 4
+
+
+def test_columns_that_may_be_labels_are_told_where_there_are_none(tmp_path):
+    advice = read(write(tmp_path, LUNGS)).advice
+    assert advice[-1].endswith(f"--label-column '{COLUMNS}'")
+    assert not any(
+        "--label-column" in line
+        for line in read(write(tmp_path, LUNGS), label_column=COLUMNS).advice
+    )
+
+    commas = 'id,text,age,"a, b",c\n1,one,30,1,0\n2,two,1,0,1\n'
+    path = write(tmp_path, commas, "commas.csv")
+    said = shlex.split(read(path).advice[-1])
+    assert hot(read(path, label_column=said[-1])) == [[1, 0], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    "cells", [("0", "0"), ("1", "1"), ("", ""), ("1", "2"), ("yes and no", "1"), ("1.5", "0")]
+)
+def test_other_columns_are_not_taken_for_labels(tmp_path, cells):
+    path = write(tmp_path, "id,text,x\na,one,{}\nb,two,{}\n".format(*cells))
+    assert not any("--label-column" in line for line in read(path).advice)
+
+
+def test_typed_columns_that_may_be_labels(tmp_path):
+    frame = pd.DataFrame({"id": ["a", "b"], "text": ["one", "two"]})
+    frame = frame.assign(flag=[True, False], share=[0.0, None], one=[1, 0], size=[1, 7])
+    frame.to_parquet(tmp_path / "t.parquet")
+    assert read(str(tmp_path / "t.parquet")).advice[-1].endswith("--label-column flag,one")

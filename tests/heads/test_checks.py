@@ -243,7 +243,7 @@ def test_few_rows_only_warn(tmp_path: Path) -> None:
 def test_unknown_truth_is_left_out(tmp_path: Path) -> None:
     layout, truth = make(tmp_path / "p.csv")
     check = run_checks(tmp_path / "p.csv", layout, None)["better than random"]
-    assert (check.ok, check.detail) == (True, "not compared: these samples have no labels")
+    assert (check.ok, check.detail) == (True, "not compared: no labels of the run to compare with")
     assert str(check).startswith("-  ")
     truth[100:] = -1
     check = run_checks(tmp_path / "p.csv", layout, truth)["better than random"]

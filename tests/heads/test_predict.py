@@ -179,7 +179,7 @@ def test_an_unlabelled_store_is_predicted_but_not_evaluated(
     report = predict_csv(run, bare, tmp_path / "out.csv")
     assert report.ok
     said = {check.name: check.detail for check in report.checks}
-    assert said["better than random"] == "not compared: these samples have no labels"
+    assert said["better than random"] == "not compared: no labels of the run to compare with"
     with pytest.raises(InputError, match=r"there is no truth to compare with$"):
         evaluate(run, bare)
     partly = make_store(name="partly", unlabelled=tuple(range(3, 60, 4)))
