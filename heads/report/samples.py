@@ -51,7 +51,7 @@ class Album:
         said = f'<p class="text">{esc(text)}</p>' if text else ""
         return (
             f"<li{kind}>{picture}<div><b>{esc(sample['id'])}</b>"
-            f'<p class="soft">{esc(note)}</p></div><div>{tags}</div>{below}{said}</li>'
+            f'<p class="soft">{esc(note)}</p>{tags}</div>{below}{said}</li>'
         )
 
 

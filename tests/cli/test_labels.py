@@ -100,6 +100,8 @@ def test_json_and_writing_again(mmc, trained, tmp_path):
     told = found.json()
     assert (told["samples"], told["labelled"], told["labels"]) == (100, 100, 3)
     assert all(count <= 3 for count in told["suspects"].values())
+    scores = [float(row["score"]) for row in read(tmp_path / "out" / "suspects.csv")]
+    assert told["likely"] == sum(score >= 0.5 for score in scores)
     again = mmc("labels", trained[0], "--out", tmp_path / "out", "--features", "clip/text")
     assert again.code == 0, again.err
     assert "100, 100 labelled, by clip/text" in " ".join(again.out.split())

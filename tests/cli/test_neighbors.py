@@ -20,6 +20,16 @@ def test_by_sample(mmc, trained):
     assert [line.split()[0] for line in lines[2:]] == ["1", "2", "3", "4"]
     assert not any(line.split()[2] == "s3" for line in lines[2:])
     assert "nearest by id: flat index of 100 x clip/image" in result.err
+    assert "--features searches others: clip/text" in result.err
+    chosen = mmc("neighbors", store, "--query", "s3", "--features", "clip/text")
+    assert "searches others" not in chosen.err
+
+
+def test_a_word_that_may_be_a_wrong_id_is_said_to_be_a_text(mmc, trained):
+    store, _ = trained
+    assert "'s333' is the id of no sample" in mmc("neighbors", store, "--query", "s333").err
+    meant = mmc("neighbors", store, "--query", "s333", "--by", "text")
+    assert (meant.code, "the id of no sample" in meant.err) == (0, False)
 
 
 def test_by_picture_and_by_text(mmc, trained, dataset):
