@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmc.heads import leakage
 from mmc.store.errors import InputError
-from mmc.store.holdout import held_out
+from mmc.store.holdout import held_out, names_of
 
 if TYPE_CHECKING:
     from mmc.store import EmbeddingStore
@@ -44,7 +44,8 @@ def choose(store: "EmbeddingStore", features: Sequence[str], *, trains: bool) ->
     """The rows of each split.
 
     Without usable ``val`` rows a tenth of the training rows validates, chosen by a hash of the id
-    so that it stays the same when samples are added. Rows without any split train when no row is
+    (of the picture where several samples share one) so that it stays the same when samples are
+    added. Rows without any split train when no row is
     marked ``train``.
 
     Args:
@@ -191,9 +192,8 @@ def _waiting(store: "EmbeddingStore", features: Sequence[str], rows: Rows) -> in
 
 
 def _held_out(store: "EmbeddingStore", rows: Rows) -> npt.NDArray[np.bool_]:
-    """Mask of ``rows`` that validate."""
-    ids = store.column("id").take(rows).to_pylist()
-    return held_out(ids)
+    """Mask of ``rows`` that validate; samples of one picture stay on one side."""
+    return held_out(names_of(store.column("id"), store.column("image_key"), rows))
 
 
 def _empty(store: "EmbeddingStore", features: Sequence[str], name: str, marked: str) -> str:

@@ -5,23 +5,52 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 HELD_OUT = 0.1
 """Share of the training samples."""
 
 
-def held_out(ids: Sequence[str]) -> npt.NDArray[np.bool_]:
-    """Mask (n,) of the samples that validate, by a hash of the id: stable when others are added.
+def held_out(names: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Mask (n,) of the samples that validate, by a hash of the name: stable when others are added.
 
-    At least one validates and one trains, if there are two.
+    Samples of one name (see `names_of`) stay on one side, unless all have the same one. At least
+    one validates and one trains, if there are two.
     """
-    keys = np.array([_unit_hash(str(name)) for name in ids])
+    keys = np.array([_unit_hash(str(name)) for name in names])
     held: npt.NDArray[np.bool_] = keys < HELD_OUT
-    if len(keys) > 1 and not held.any():
-        held[keys.argmin()] = True
-    if len(keys) > 1 and held.all():
-        held[keys.argmax()] = False
+    if len(keys) < 2:
+        return held
+    if keys.min() == keys.max():
+        return np.arange(len(keys)) == 0
+    if not held.any():
+        held = keys == keys.min()
+    if held.all():
+        held = keys != keys.max()
     return held
+
+
+def names_of(
+    ids: pa.ChunkedArray, pictures: pa.ChunkedArray, rows: npt.NDArray[np.int64]
+) -> list[str]:
+    """What `held_out` takes so that all samples of one picture stay on one side.
+
+    A sample goes by its id, but by its picture's key where another sample has the same picture, as
+    where a picture has several captions. All samples are asked, not only ``rows``: what trains on
+    other rows of the same samples must hold out the same ones.
+
+    Args:
+        ids: (N,) of all samples.
+        pictures: (N,) key of each one's picture; null = none.
+        rows: (n,) those that are named.
+    """
+    encoded = pictures.combine_chunks().dictionary_encode()
+    codes = pc.fill_null(encoded.indices, -1).to_numpy()
+    shared = np.bincount(codes[codes >= 0], minlength=1) > 1
+    own = pc.if_else(pa.array((codes >= 0) & shared[codes]), pictures.combine_chunks(), ids)
+    names: list[str] = own.take(pa.array(rows)).to_pylist()
+    return names
 
 
 def _unit_hash(text: str) -> float:

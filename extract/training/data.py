@@ -23,7 +23,7 @@ from torch import Tensor
 from mmc.extract.backbones.base import TokenBatch
 from mmc.extract.content import Content
 from mmc.extract.images import ImageError, decode
-from mmc.extract.keys import drop_duplicates
+from mmc.extract.keys import add_keys, drop_duplicates
 from mmc.extract.plan import Rows
 from mmc.extract.settings import usable_cores
 from mmc.extract.sources import Samples, SourceOptions, read_source
@@ -32,7 +32,7 @@ from mmc.extract.training.options import MORE
 from mmc.extract.training.seeds import Use
 from mmc.extract.transforms import ImageTransform
 from mmc.store.errors import InputError
-from mmc.store.holdout import held_out
+from mmc.store.holdout import held_out, names_of
 from mmc.store.samples import UNKNOWN
 
 Say = Callable[[str], None]
@@ -140,7 +140,13 @@ def read_pairs(
     images = _codes(_places(table))
     usable = (images >= 0) & (texts >= 0)
     valid = usable & np.concatenate(together)
-    splits, notes = _splits(table, valid)
+    splits, notes = _splits(table, valid), []
+    if not len(splits["val"]) and len(splits["train"]):
+        keys = [
+            add_keys(samples, None, workers=workers or usable_cores())["image_key"].combine_chunks()
+            for samples in read
+        ]
+        splits, notes = _hold_out(table["id"], pa.chunked_array(keys), splits["train"])
     _explain(spec, usable, valid, splits, pair_column)
     tasks = {samples.task for samples in read}
     groups = _groups(labels, "multilabel" in tasks)
@@ -223,14 +229,17 @@ def _codes(values: pa.ChunkedArray) -> NDArray[np.int64]:
     return codes
 
 
-def _splits(table: pa.Table, valid: NDArray[np.bool_]) -> tuple[dict[str, Rows], list[str]]:
-    """Rows of train and val; a tenth of train is held out where there is no val."""
+def _splits(table: pa.Table, valid: NDArray[np.bool_]) -> dict[str, Rows]:
+    """Rows of train and val."""
     names = np.array(table["split"].to_pylist(), object)
-    found = {name: np.flatnonzero(valid & (names == name)) for name in ("train", "val")}
-    if len(found["val"]) or not len(found["train"]):
-        return found, []
-    train = found["train"]
-    held = held_out(table["id"].take(pa.array(train)).to_pylist())  # as train-head holds out
+    return {name: np.flatnonzero(valid & (names == name)) for name in ("train", "val")}
+
+
+def _hold_out(
+    ids: pa.ChunkedArray, pictures: pa.ChunkedArray, train: Rows
+) -> tuple[dict[str, Rows], list[str]]:
+    """A tenth of ``train`` as val, as train-head holds out; all captions of a picture together."""
+    held = held_out(names_of(ids, pictures, train))
     found = {"train": train[~held], "val": train[held]}
     return found, [f"no val split: {len(found['val']):,} of {len(train):,} train pairs held out"]
 

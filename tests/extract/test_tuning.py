@@ -441,6 +441,21 @@ def test_without_val_a_tenth_of_train_is_held_out(table: Path, clip: str, tmp_pa
     assert not set(pairs.splits["train"]) & set(pairs.splits["val"])
 
 
+def test_captions_of_one_picture_are_held_out_together(tmp_path: Path):
+    """Forty pictures with five captions each; every other caption has a copy of its picture."""
+    rows = [HEADER[:4]]
+    for number in range(200):
+        picture, name = number // 5, f"{number // 5}{'-copy' if number % 2 else ''}.jpg"
+        (tmp_path / name).write_bytes(jpeg(picture))
+        rows.append([f"s{number}", name, f"caption {number}", "train"])
+    table = write_table(tmp_path / "train.csv", rows)
+    pairs = read_pairs(str(table), SourceOptions(), None, workers=1, report=lambda line: None)
+    sides = {name: {row // 5 for row in rows.tolist()} for name, rows in pairs.splits.items()}
+    assert sides["val"]
+    assert not sides["train"] & sides["val"]
+    assert len(sides["train"]) + len(sides["val"]) == 40
+
+
 def test_retrieval_by_hand():
     """Three pictures; the first has two captions; one caption is shared by two pictures."""
     image = torch.eye(3)[torch.tensor([0, 0, 1, 2])]

@@ -13,7 +13,7 @@ from mmc.heads.features import resolve
 from mmc.heads.models.linear import Linear
 from mmc.heads.models.router import Router
 from mmc.heads.models.zero_shot import ZeroShot
-from mmc.store import EmbeddingStore, FieldSpec
+from mmc.store import EmbeddingStore, FieldSpec, holdout
 from mmc.store.errors import InputError
 
 FIELDS = {
@@ -212,6 +212,30 @@ def test_without_val_a_tenth_is_held_out_by_the_id(tmp_path):
     large = make_store(tmp_path / "b", ["train"] * 600, ids=[ids[i] for i in order])
     later = {ids[order[row]] for row in splits.choose(large, CLIP, trains=True).val}
     assert {ids[row] for row in chosen.val} == later & set(ids[:300])
+
+
+def test_samples_of_one_picture_are_held_out_together():
+    ids = pa.chunked_array([[f"s{i}" for i in range(400)]])
+    pictures = pa.chunked_array([[f"p{i // 4}" if i % 4 else None for i in range(400)]])
+    rows = np.arange(400)
+    held = holdout.held_out(holdout.names_of(ids, pictures, rows))
+    by_picture = held.reshape(100, 4)[:, 1:]
+    assert (by_picture.all(1) | ~by_picture.any(1)).all()
+    assert 0 < by_picture.any(1).sum() < 30
+    # Asked of fewer rows, the same ones are held out.
+    some = rows[::3]
+    again = holdout.held_out(holdout.names_of(ids, pictures, some))
+    assert (again == held[some]).all()
+    # Whatever is alone in having its picture goes by its id.
+    alone = pa.chunked_array([[f"p{i}" for i in range(400)]])
+    assert holdout.names_of(ids, alone, rows) == ids.to_pylist()
+
+
+@pytest.mark.parametrize("names", [["a", "a", "b"], ["a", "b", "b"], ["c", "c"], ["x", "y"]])
+def test_few_names_leave_both_sides_something(names):
+    held = holdout.held_out(names)
+    assert held.any()
+    assert not held.all()
 
 
 def test_two_rows_are_enough_to_hold_one_out(tmp_path):
