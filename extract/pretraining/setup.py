@@ -54,7 +54,9 @@ class Setup:
         self.val = spaced(self.pairs.splits["val"], config.optim.val_samples)
         self.precision = config.precision or default_precision(str(device))
         self.tokenizer = words.load(config.text, self.texts(self.pairs.splits["train"]))
-        self.vocabulary = Vocabulary.of(self.tokenizer, str(config.text.weights or source))
+        self.vocabulary = Vocabulary.of(
+            self.tokenizer, config.text.weights or config.text.tokenizer or source
+        )
         with torch.random.fork_rng([]):
             torch.manual_seed(derived(config.seed, Use.INIT))
             padding = self.tokenizer.pad_token_id

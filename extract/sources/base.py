@@ -209,3 +209,5 @@ class Samples:
     warnings: list[str]
     advice: list[str] = field(default_factory=list)
     """What to know before training on it; predictions do not say it."""
+    unsplit: bool = False
+    """Nothing says which split its rows are of: they train if they have labels, else are test."""

@@ -63,7 +63,8 @@ def build(spec: str, parts: Sequence[Part], options: SourceOptions) -> Samples:
     check_filled(ids, where)
     split = _splits(parts, roles)
     labels = _labels(parts, roles, split, options, where, form)
-    split = _default_split(split, labels, parts, notes)
+    unsplit = _says_no_split(split, parts)
+    split = _default_split(split, labels, parts, options, notes)
     if options.split_by is not None:
         # Captions of one picture stay together where nothing but the picture names them.
         by = image if all(role.id is None for role in roles) and not image.null_count else ids
@@ -107,6 +108,7 @@ def build(spec: str, parts: Sequence[Part], options: SourceOptions) -> Samples:
         source=source,
         notes=notes,
         advice=[*_advice(counts, labels, options), *_label_advice(roles, others, options)],
+        unsplit=unsplit and options.split_by is None,
         warnings=[
             *(warning for part in parts for warning in part.records.warnings),
             *images.warnings,
@@ -305,15 +307,30 @@ def _label_tree(parts: Sequence[Part], merged: dict[str, str]) -> dict[str, list
     return {parent: list(children) for parent, children in result.items()}
 
 
+def _named_split(parts: Sequence[Part]) -> str | None:
+    """The split that the file's name says, of a single file."""
+    name = os.path.basename(parts[0].records.where).partition(".")[0]
+    return splits.split_named(name) if len(parts) == 1 else None
+
+
+def _says_no_split(split: NDArray[np.object_], parts: Sequence[Part]) -> bool:
+    return not (split != "").any() and _named_split(parts) is None
+
+
 def _default_split(
-    split: NDArray[np.object_], labels: Labels, parts: Sequence[Part], notes: list[str]
+    split: NDArray[np.object_],
+    labels: Labels,
+    parts: Sequence[Part],
+    options: SourceOptions,
+    notes: list[str],
 ) -> NDArray[np.object_]:
     if (split != "").any():
         return split
-    named = splits.split_named(os.path.basename(parts[0].records.where).partition(".")[0])
-    if len(parts) == 1 and named:
+    if named := _named_split(parts):
         notes.append(f"split: all rows are {named}, after the file's name")
         return np.full(len(split), named, object)
+    if options.split_by is not None:
+        return split
     name = "train" if labels.names else "test"
     why = "has labels" if labels.names else "has no labels"
     notes.append(f"split: nothing says train, val or test, and it {why}: all rows are {name}")

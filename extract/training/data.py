@@ -120,6 +120,11 @@ def read_pairs(
         samples = read_source(piece, options)
         for line in (*samples.notes, *(f"warning: {line}" for line in samples.warnings)):
             report(line)
+        if samples.unsplit and not samples.label_set:
+            report("pairs train without labels, too: all rows are train")
+            train = pa.repeat("train", len(samples.table))
+            at = samples.table.column_names.index("split")
+            samples.table = samples.table.set_column(at, "split", train)
         if options.dedupe:
             drop_duplicates(samples, workers=workers or usable_cores(), report=report)
         if UNKNOWN.name in samples.table.column_names:

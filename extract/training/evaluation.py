@@ -80,7 +80,11 @@ class Evaluation:
             MmcError: not enough pictures could be used.
         """
         if len(rows) < 2:
-            raise MmcError("fewer than 2 pictures of val can be used; nothing tells what is best")
+            why = next(iter(self._loader.failed.values()), "")
+            raise MmcError(
+                "fewer than 2 pictures of val can be used; nothing tells what is best"
+                + (f" (the first that cannot: {why})" if why else "")
+            )
         found = {"loss": self._loss(image, text, rows)}
         return found | retrieval(image, text, self._pairs.images[rows], self._pairs.texts[rows])
 

@@ -75,7 +75,7 @@ class _Converter:
 
     def _convert(self, node: Any, line: int) -> Any:
         if not isinstance(node, yaml.ScalarNode) and node.tag not in _TAGS:
-            raise InputError(f"{self._name}:{line}: a recipe knows no tag {node.tag}")
+            raise InputError(f"{self._name}:{line}: the tag {node.tag} is not known")
         if isinstance(node, yaml.SequenceNode):
             return tuple(self._placed(child, child.start_mark.line + 1) for child in node.value)
         if isinstance(node, yaml.MappingNode):

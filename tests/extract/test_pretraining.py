@@ -17,7 +17,7 @@ import transformers
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_models import tiny_bert, tiny_vit
+from tiny_models import tiny_bert, tiny_hf_clip, tiny_vit
 
 from mmc.extract.backbones import load_backbone
 from mmc.extract.options import ExtractConfig
@@ -419,13 +419,21 @@ class TestBadInput:
         table = make_set(tmp_path / "set")
         for picture in (tmp_path / "set").glob("*.png"):
             picture.write_bytes(b"not a picture")
-        with pytest.raises(MmcError, match="fewer than 2 pictures of val can be used"):
+        with pytest.raises(
+            MmcError, match=r"fewer than 2 pictures of val can be used.*\(the first"
+        ):
             run(table, tmp_path / "out")
         for picture in (tmp_path / "set").glob("*.png"):
             picture.unlink()
         with pytest.raises(InputError, match="none of the 64 images is there"):
             run(table, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+    def test_a_tokenizer_without_mask_token(self, table: Path, tmp_path: Path):
+        clip = tiny_hf_clip(tmp_path / "clip")
+        text = TextConfig(tokenizer=clip, **SIZES, tokens=16)
+        with pytest.raises(InputError, match="clip: its tokenizer has no mask token"):
+            run(table, tmp_path / "out", text=text)
 
     def test_vocabularies_that_differ(self, table: Path, made: Path, tmp_path: Path):
         bert = tiny_bert(tmp_path / "bert")

@@ -456,6 +456,23 @@ def test_captions_of_one_picture_are_held_out_together(tmp_path: Path):
     assert len(sides["train"]) + len(sides["val"]) == 40
 
 
+def test_pairs_without_labels_and_splits_train(tmp_path: Path):
+    members: dict[str, Any] = {}
+    for number in range(60):
+        members |= {f"{number}.jpg": jpeg(number), f"{number}.txt": f"text {number}"}
+    tar, said = str(write_tar(tmp_path / "pairs.tar", members)), list[str]()
+    pairs = read_pairs(tar, SourceOptions(), None, workers=1, report=said.append)
+    assert sum(map(len, pairs.splits.values())) == 60
+    assert "all rows are train" in said[-1]
+    divided = SourceOptions(split_by="hash:0.6,0.4")
+    pairs = read_pairs(tar, divided, None, workers=1, report=said.append)
+    assert {name: len(rows) > 3 for name, rows in pairs.splits.items()} == {
+        "train": True,
+        "val": True,
+    }
+    assert not pairs.notes
+
+
 def test_retrieval_by_hand():
     """Three pictures; the first has two captions; one caption is shared by two pictures."""
     image = torch.eye(3)[torch.tensor([0, 0, 1, 2])]
