@@ -23,7 +23,8 @@ def held_out(names: Sequence[str]) -> npt.NDArray[np.bool_]:
     if len(keys) < 2:
         return held
     if keys.min() == keys.max():
-        return np.arange(len(keys)) == 0
+        held[:] = np.arange(len(keys)) == 0
+        return held
     if not held.any():
         held = keys == keys.min()
     if held.all():

@@ -145,7 +145,8 @@ def read_pairs(
     images = _codes(_places(table))
     usable = (images >= 0) & (texts >= 0)
     valid = usable & np.concatenate(together)
-    splits, notes = _splits(table, valid), []
+    splits = _splits(table, valid)
+    notes: list[str] = []
     if not len(splits["val"]) and len(splits["train"]):
         keys = [
             add_keys(samples, None, workers=workers or usable_cores())["image_key"].combine_chunks()

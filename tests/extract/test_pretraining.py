@@ -144,7 +144,7 @@ def learn(table: Path, steps: int, lr: float, **settings: Any) -> tuple[dict[str
 
 def test_thirty_two_pairs_are_learnt_by_heart(table: Path):
     before, after = learn(table, 260, 2e-3)
-    assert before["contrastive_loss"] == pytest.approx(np.log(32), abs=1.5)
+    assert before["contrastive_loss"] > 3
     assert after["retrieval"] == 1
     assert after["contrastive_loss"] < 0.7
     assert after["text_accuracy"] > 0.9 > 0.3 > before["text_accuracy"]
@@ -401,6 +401,22 @@ def test_gradient_checkpointing_gives_the_same(table: Path, tmp_path: Path):
     one, two = weights(tmp_path / "plain"), weights(tmp_path / "blocks")
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("width", [32, 192])
+def test_narrow_towers_tell_texts_apart_from_the_start(table: Path, width: int):
+    """Their features at the first step are not all one, which no contrastive loss gets out of."""
+    sizes: dict[str, Any] = {"width": width, "layers": 2, "heads": 2}
+    chosen = config(
+        vision=VisionConfig(**sizes, image_size=32, patch_size=8),
+        text=TextConfig(**sizes, tokens=16, vocabulary=300),
+    )
+    job = Setup(str(table), Path("out"), chosen, World(torch.device("cpu")), lambda line: None)
+    tokens = job.inputs.tokenize(job.texts(job.val))
+    with torch.no_grad():
+        text, _ = job.model.eval().text(tokens.cut(), tokens.lengths)
+    same = text @ text.T
+    assert float(same.sum() - same.trace()) / (len(text) * (len(text) - 1)) < 0.99
 
 
 def test_bf16(table: Path, tmp_path: Path):
