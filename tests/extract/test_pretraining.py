@@ -290,8 +290,9 @@ def test_a_batch_in_parts_is_the_whole_batch(views: str, table: Path, tmp_path: 
         "loss": LossConfig(views=views, pixels="mae_norm"),
         "text": TextConfig(**SIZES, tokens=16, vocabulary=300, dropout=0),
     }
-    run(table, tmp_path / "whole", **settings)
-    run(table, tmp_path / "parts", **settings, optim=OptimConfig(micro_batch=7))
+    # AdamW's first steps are signs: with its usual epsilon, rounding decides some of them.
+    run(table, tmp_path / "whole", **settings, optim=OptimConfig(eps=1e-4))
+    run(table, tmp_path / "parts", **settings, optim=OptimConfig(micro_batch=7, eps=1e-4))
     one, two = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=2e-5, msg=name)
