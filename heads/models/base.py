@@ -105,7 +105,7 @@ class Head(nn.Module):
     """What a reader of the model card should know of this head: a sentence or two, or nothing."""
     largest_batch: int | None = None
     """No default batch is larger, whatever the device: samples of many tokens take much memory."""
-    part_rows: int = 4096
+    part_rows: int = 8192
     """On a CPU a larger batch is computed in parts of so many samples, whose values stay in caches;
     the step is that of the whole batch, up to rounding."""
     prepares_by_network: bool = False
