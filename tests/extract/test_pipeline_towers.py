@@ -131,9 +131,8 @@ def test_the_same_bytes_after_an_interruption(case, monkeypatch):
     with pytest.raises(RuntimeError, match="fell off"):
         case.extract(backbones=(FUSED,), workers=1)
     monkeypatch.setattr(Fused, "encode_fused", encode)
-    store = opened(case)
-    done = [int((store.status("fake", tower) == 1).sum()) for tower in ("image", "fused")]
-    assert 0 < done[1] < 19
+    # Whether the first shard is written by then is up to the threads; the second cannot be.
+    assert (opened(case).status("fake", "fused") == 1).sum() < 19
     case.extract(backbones=(FUSED,), workers=2)
     assert without_order(case.files()) == without_order(case.files("whole"))
 
