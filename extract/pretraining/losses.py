@@ -25,18 +25,6 @@ def patchify(images: Tensor, patch: tuple[int, int], pixels: Pixels) -> Tensor:
     return parts.permute(order).reshape(batch, rows * columns, channels * patch[0] * patch[1])
 
 
-def unpatchify(
-    patches: Tensor, grid: tuple[int, int], patch: tuple[int, int], pixels: Pixels
-) -> Tensor:
-    """The images that `patchify` cut up."""
-    batch, channels = len(patches), patches.shape[2] // (patch[0] * patch[1])
-    if pixels == "simmim":
-        parts = patches.reshape(batch, *grid, channels, *patch).permute(0, 3, 1, 4, 2, 5)
-    else:
-        parts = patches.reshape(batch, *grid, *patch, channels).permute(0, 5, 1, 3, 2, 4)
-    return parts.reshape(batch, channels, grid[0] * patch[0], grid[1] * patch[1])
-
-
 def patch_loss(told: Tensor, true: Tensor, total: Tensor, pixels: Pixels) -> Tensor:
     """The share that some masked patches have in the mean over all ``total`` of them, a scalar.
 

@@ -10,7 +10,7 @@ import transformers
 from scipy.stats import chisquare
 from tiny_models import tiny_bert, tiny_vit
 
-from mmc.extract.pretraining.losses import patch_loss, patchify, token_loss, unpatchify
+from mmc.extract.pretraining.losses import patch_loss, patchify, token_loss
 from mmc.extract.pretraining.masking import PatchMasks, Vocabulary, mask_tokens
 from mmc.extract.pretraining.model import PairModel, build
 from mmc.extract.pretraining.options import (
@@ -145,6 +145,18 @@ class TestTokenMasks:
             ids[10:20], lengths[10:20], self.VOCABULARY, MaskConfig(), [0], slice(10, 20), 30
         )
         assert torch.equal(part, whole[10:20])
+
+
+def unpatchify(
+    patches: torch.Tensor, grid: tuple[int, int], patch: tuple[int, int], pixels: str
+) -> torch.Tensor:
+    """The images that `patchify` cut up."""
+    batch, channels = len(patches), patches.shape[2] // (patch[0] * patch[1])
+    if pixels == "simmim":
+        parts = patches.reshape(batch, *grid, channels, *patch).permute(0, 3, 1, 4, 2, 5)
+    else:
+        parts = patches.reshape(batch, *grid, *patch, channels).permute(0, 5, 1, 3, 2, 4)
+    return parts.reshape(batch, channels, grid[0] * patch[0], grid[1] * patch[1])
 
 
 class TestLosses:
