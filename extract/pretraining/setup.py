@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from mmc.extract.settings import usable_cores
 from mmc.extract.training.batches import fit_batch, fit_micro_batch, spaced
 from mmc.extract.training.data import Loader, Sampler, read_pairs
 from mmc.extract.training.distributed import World
-from mmc.extract.training.loop import Say
+from mmc.extract.training.loop import Say, common_identity
 from mmc.extract.training.seeds import Use, derived
 from mmc.extract.transforms import ImageTransform
 from mmc.store.errors import InputError
@@ -122,19 +122,8 @@ class Setup:
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued."""
-        config = asdict(self.config)
-        for name in ("overwrite", "workers", "device", "source", "track"):
-            del config[name]
-        for name in ("checkpoint_epochs", "micro_batch"):
-            del config["optim"][name]
         return {
-            "config": config,
-            "batch_size": self.batch_size,
-            "micro_batch": self.micro_batch,
-            "processes": self.world.size,
-            "device": self.world.device.type,
-            "precision": self.precision,
-            "pairs": self.pairs.digest,
+            **common_identity(self, ("overwrite", "workers", "device", "source", "track")),
             "vocabulary": self.inputs.tokenize.digest(),
             "start": self._start,
         }

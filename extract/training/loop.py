@@ -50,13 +50,37 @@ class Job(Protocol):
     sampler: Sampler
     loader: Loader
     batch_size: int
+    micro_batch: int
+    precision: str
     steps: int
     """Of an epoch."""
     val: Rows
     """What is measured."""
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint to be continued."""
+        """What must be equal for a checkpoint to be continued; see `common_identity`."""
+
+
+def common_identity(job: Job, indifferent: Sequence[str]) -> dict[str, Any]:
+    """What must be equal in every training.
+
+    Args:
+        indifferent: settings that may change.
+    """
+    config = asdict(job.config)
+    for name in indifferent:
+        del config[name]
+    for name in ("checkpoint_epochs", "micro_batch"):
+        del config["optim"][name]
+    return {
+        "config": config,
+        "batch_size": job.batch_size,
+        "micro_batch": job.micro_batch,
+        "processes": job.world.size,
+        "device": job.world.device.type,
+        "precision": job.precision,
+        "pairs": job.pairs.digest,
+    }
 
 
 @dataclass
@@ -207,6 +231,15 @@ class Training(ABC):
             self.job.say(f"warning: {count:,} pictures cannot be used:")
             for row, why in list(self.job.loader.failed.items())[:_SAID]:
                 self.job.say(f"  {self.job.pairs.ids[row].as_py()}: {why}")
+
+    def outcome(self) -> dict[str, Any]:
+        """What the record of every finished training and its report say alike."""
+        return {
+            "val": len(self.job.val),
+            "best_epoch": self.at.best_epoch,
+            "before": self.at.metrics(0),
+            "after": self.at.metrics(self.at.best_epoch),
+        }
 
     def _checkpoint(self) -> None:
         every = self.job.config.optim.checkpoint_epochs

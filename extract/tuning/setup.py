@@ -1,6 +1,5 @@
 """What a tuning consists of, all that follows from its source and its config."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from mmc.extract.settings import usable_cores
 from mmc.extract.training.batches import fit_batch, fit_micro_batch, spaced
 from mmc.extract.training.data import Loader, Sampler, read_pairs
 from mmc.extract.training.distributed import World
-from mmc.extract.training.loop import Say
+from mmc.extract.training.loop import Say, common_identity
 from mmc.extract.tuning.guards import Probe, adapt
 from mmc.extract.tuning.joint import JointHead
 from mmc.extract.tuning.options import TuneConfig
@@ -100,20 +99,9 @@ class Setup:
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued."""
-        config = asdict(self.config)
-        for name in ("overwrite", "merge", "workers", "device", "source"):
-            del config[name]
-        for name in ("checkpoint_epochs", "micro_batch"):
-            del config["optim"][name]
         return {
-            "config": config,
-            "batch_size": self.batch_size,
-            "micro_batch": self.micro_batch,
-            "processes": self.world.size,
-            "device": self.world.device.type,
-            "precision": self.precision,
+            **common_identity(self, ("overwrite", "merge", "workers", "device", "source")),
             "backbone": self.encoder.identity,
             "adapters": [name for name, _ in self.adapters],
-            "pairs": self.pairs.digest,
             "head": None if self.head is None else self.head.identity,
         }
