@@ -60,7 +60,6 @@ def contrastive_step(
         encoded = [learnt[0][0]]
     else:
         learnt = []
-        # Not inference_mode: with autocast, CPUs then expand attention weights in every call.
         with torch.no_grad():
             encoded = [encode(part) for part in parts]
     every = [world.gather(torch.cat(side).detach()) for side in zip(*encoded, strict=True)]
