@@ -20,8 +20,11 @@ def tokenizer_for(source: Source) -> Any:
     try:
         return open_clip.get_tokenizer(source.model)
     except (OSError, ValueError, ImportError) as error:
+        folder = source.model.startswith("local-dir:")
+        needed = "; tokenizer.json and tokenizer_config.json belong into the folder"
         raise InputError(
-            f"open_clip:{source.name}: its tokenizer cannot be loaded: {one_line(error)}"
+            f"open_clip:{source.name}: its tokenizer cannot be loaded{needed if folder else ''} "
+            f"({one_line(error)})"
         ) from None
 
 

@@ -398,6 +398,15 @@ def test_folders_that_hold_no_model(tmp_path: Path):
         load(f"open_clip:{tmp_path / 'model'}")
 
 
+def test_a_folder_without_its_tokenizer_says_which_files_are_missing(tmp_path: Path):
+    tiny_bert(tmp_path / "bert")
+    text = {"hf_model_name": str(tmp_path / "bert"), "hf_pooler_type": "mean_pooler"}
+    text |= {"hf_tokenizer_name": str(tmp_path / "bert"), "hf_proj_type": "linear"}
+    spec = tiny_open_clip(tmp_path / "model", {**OPEN_CLIP_CONFIG, "text_cfg": text})
+    with pytest.raises(InputError, match=r"tokenizer\.json and tokenizer_config\.json belong into"):
+        load(spec)
+
+
 @pytest.mark.parametrize("name", ["ViT-B-32/laion2b_s34b_b79k", "hf-hub:no/where"])
 def test_weights_that_are_not_here(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
