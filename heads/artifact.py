@@ -80,7 +80,8 @@ class Run:
     training: dict[str, Any] = field(default_factory=dict)
     """What it took: seconds (all, of the last session where it was resumed), train_seconds (the
     steps), rows and epochs that the steps went over, rate (rows per second of the steps),
-    batch_size, lr, device; and the store (absolute path or URL). Empty for older runs."""
+    batch_size, lr, device, notes (lines that were said of what was kept and of what does better);
+    and the store (absolute path or URL). Empty for older runs."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One dictionary per epoch; the same keys in each, None where there is no value."""
     search: dict[str, Any] = field(default_factory=dict)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmc.heads import memory, metrics, splits, thresholds
+from mmc.heads.alone import better_alone
 from mmc.heads.artifact import Run
 from mmc.heads.batches import (
     ALONE,
@@ -237,8 +238,24 @@ class Setup:
                 said = head.fit_validation(
                     data.val.blocks(), targets, self.store.task, self.optim.metric
                 )
-            position.notes += [said] if said else []
+                advice = self._alone(head, data.val, targets, position)
+            position.notes += [line for line in (said, advice) if line]
         self.processes.share(head.state_dict().values())
+
+    def _alone(self, head: Head, val: Data, targets: Tensor, position: Position) -> str:
+        """What to say where a field alone is better than all together."""
+        parts = [stage for stage in head.stages() if stage.reads]
+        if not parts:
+            return ""
+        return better_alone(
+            parts,
+            position.history,
+            self.features,
+            score_all(head.score, val.blocks()),
+            targets,
+            self.store.task,
+            self.optim.metric or metrics.HEADLINE[self.store.task],
+        )
 
     def _told(self, row: dict[str, Any], progress: Progress) -> None:
         progress(row["stage"], row["epoch"], row["epochs"])

@@ -68,6 +68,7 @@ def effort(setup: Setup, position: Position, seconds: float) -> dict[str, Any]:
         "batch_size": setup.batch_size,
         "lr": setup.lr,
         "device": str(setup.device),
+        "notes": list(position.notes),
         **_place(setup.store),
     }
 

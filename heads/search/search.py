@@ -99,6 +99,8 @@ class Search:
             )
             raise
         position = shelf.position(trial)
+        for line in position.notes:
+            report(line)
         run.recipe_text = recipe
         run.training = effort(trial.setup, position, time.perf_counter() - started)
         tables.write(folder, run.search, tables.histories(self.trials, shelf.result))

@@ -215,6 +215,32 @@ def test_the_router_learns_which_field_to_trust(tmp_path):
     assert weights[~trusted, 0].mean() < 0.2
 
 
+@pytest.mark.parametrize("weak", [False, True])
+def test_a_field_that_is_better_alone_is_said(tmp_path, weak):
+    """Few samples, one field that tells the labels, and one that is noise or tells them too."""
+    random = np.random.default_rng(1)
+    n, labels = 260, 4
+    truth = random.random((n, labels)) < 0.4
+    sign = np.where(truth, 1.0, -1.0)
+    clear = sign + random.normal(0, 1, (n, labels))
+    other = random.normal(0, 1, (n, 300)) if weak else sign + random.normal(0, 1, (n, labels))
+    splits = ["train"] * 60 + ["val"] * 200
+    fields = {"a/image": clear, "b/image": other}
+    store = make_plain_store(tmp_path / "store", fields, truth, splits)
+    config = TrainConfig(head="router", device="cpu", epochs=20, settings=("head.normalize=none",))
+    said: list[str] = []
+    run = train(store, tmp_path / "run", config, report=said.append).run
+    told = [line for line in said if "alone is better" in line]
+    assert Run.load(tmp_path / "run").training["notes"] == told
+    if not weak:
+        assert told == []
+        return
+    alone = max(r["val_mAP"] for r in run.history if r["stage"] == "classifier a.image")
+    whole = run.metrics["val"]["mAP"]
+    assert f"a/image alone is better on val: mAP {alone:.4f} against {whole:.4f}" in told[0]
+    assert "--features a/image" in told[0]
+
+
 # -- the same again --------------------------------------------------------------------------------
 
 
