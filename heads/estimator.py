@@ -4,6 +4,7 @@ Legend: n samples, C labels, D values.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
@@ -27,7 +28,7 @@ from mmc.heads.models import GROUP, HEADS
 from mmc.heads.models.base import Head
 from mmc.heads.options import PredictConfig, TrainConfig
 from mmc.heads.parameters import config_of, nested, params_of, split_nested
-from mmc.heads.predict import Predictions, aligned_targets, default_split, predict
+from mmc.heads.predict import Predictions, aligned_targets, predict
 from mmc.heads.smalldata import for_tables, whole
 from mmc.heads.storerows import StoreRows
 from mmc.heads.trainer import stage_lines
@@ -238,17 +239,17 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         Args:
             X, y: as in `fit`.
             sample_weight: (n,).
-            rows: of a store; default: those of its test split (of all, where it has none) that have
-                labels and features.
+            rows: of a store; default: those of its test split that have labels and features; where
+                there are none those of val, which is said with a warning.
+
+        Raises:
+            InputError (a ValueError): a store with neither, or what `predict` raises.
         """
         check_is_fitted(self)
         if isinstance(X, EmbeddingStore):
             if y is not None:
                 raise InputError("labels come from the store: leave out y")
-            if rows is None:
-                read = list(self.run_.resolve_features(X).values())
-                rows = X.rows(split=default_split(X), features=read, labelled=True)
-            chosen = np.asarray(rows, np.int64)
+            chosen = self._scored(X) if rows is None else np.asarray(rows, np.int64)
             decisions = self._predictions(X, chosen).decisions.numpy()
             truth = aligned_targets(self.run_, X, chosen).numpy()
         elif self.run_.task != "multilabel":
@@ -263,6 +264,27 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
         weights = np.ones(len(truth)) if sample_weight is None else np.asarray(sample_weight)
         check_consistent_length(truth, weights)
         return float(np.average(right.all(1)[known], weights=weights[known]))
+
+    def _scored(self, store: EmbeddingStore) -> npt.NDArray[np.int64]:
+        """Rows of a store that tell how good the classifier is."""
+        read = list(self.run_.resolve_features(store).values())
+        rows: npt.NDArray[np.int64] = store.rows(split="test", features=read, labelled=True)
+        if len(rows):
+            return rows
+        rows = store.rows(split="val", features=read, labelled=True)
+        if not len(rows):
+            raise InputError(
+                f"{store.path} has no labelled test or val samples, and on those that it was "
+                "fitted on a classifier looks better than it is; to score some all the same, give "
+                "their rows: score(store, rows=store.rows(labelled=True))"
+            )
+        warnings.warn(
+            f"{store.path} has no labelled test samples: scored on its {len(rows):,} val samples, "
+            "on which a training is stopped and thresholds are tuned, so that it flatters",
+            UserWarning,
+            stacklevel=3,
+        )
+        return rows
 
     def save(self, path: str | Path) -> Path:
         """Write the run into a folder: the same as ``mmc train-head`` writes, no pickle.

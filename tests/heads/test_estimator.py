@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from sklearn.base import clone
@@ -125,6 +126,29 @@ def test_some_rows_of_a_store(make_store: Callable):
     for rows in ([200], [-1], [True], [[0]], [0.5]):
         with pytest.raises(ValueError, match="numbers below 200, or a mask"):
             HeadClassifier().fit(store, rows=rows)
+
+
+def resplit(store: EmbeddingStore, moved: dict[str, str]) -> None:
+    """Move the samples of splits into others."""
+    split = [moved.get(name, name) for name in store.column("split").to_pylist()]
+    table = store.samples.drop_columns(["_gone", "_source"])
+    table = table.set_column(table.column_names.index("split"), "split", pa.array(split))
+    store.sync(table, label_set=store.label_set, task=store.task, source=store.sources[0])
+
+
+def test_a_store_is_never_scored_on_what_it_was_fitted_on(make_store: Callable):
+    store = make_store("multilabel", n=200)
+    classifier = HeadClassifier(epochs=5).fit(store)
+    on_test = classifier.score(store)
+    rows = store.rows(split="val", features=FIELDS, labelled=True)
+    resplit(store, {"test": "train"})
+    with pytest.warns(UserWarning, match=rf"no labelled test samples: .* its {len(rows)} val "):
+        on_val = classifier.score(store)
+    assert on_val == classifier.score(store, rows=rows) != on_test
+    resplit(store, {"val": "train"})
+    with pytest.raises(ValueError, match=r"no labelled test or val samples.*score\(store, rows="):
+        classifier.score(store)
+    assert classifier.score(store, rows=store.rows(features=FIELDS, labelled=True)) > 0
 
 
 # -- how good --------------------------------------------------------------------------------------
