@@ -1,7 +1,8 @@
 """The command line: parse, build the configs, call one function, print. No loop, no tensor.
 
 Options that set a field of a config take their name, type and help from it (`_options`). Nothing
-here imports torch before a command needs it: ``mmc --help`` answers at once.
+here imports torch before a command needs it: ``mmc --help`` answers at once. A command looks first
+whether its store and its run are there, and imports torch, which takes seconds, after that.
 """
 
 import dataclasses
@@ -360,7 +361,6 @@ def train_head_command(
     from mmc.heads.options import check_names
     from mmc.store import EmbeddingStore
 
-    # What is wrong with these is said before torch is loaded, which takes seconds.
     config = build(TrainConfig, settings | {"settings": tuple(set_ or ())}, where="mmc train-head")
     check_names(config)
     opened = EmbeddingStore.open(store)
@@ -449,6 +449,13 @@ def _predict(
     progress: Callable[[str, int, int], None],
 ) -> "PredictionReport":
     """Predict on a store, or on a source that is embedded first: what joins extract and heads."""
+    from mmc.extract.sources.read import check_source
+    from mmc.heads.runfiles import check_run
+
+    check_run(run)
+    if "://" not in input_ and not (Path(input_) / "zarr.json").exists():
+        check_source(input_)
+
     from mmc.extract.inputs import check_out, open_input
     from mmc.heads.artifact import Run
     from mmc.heads.predict import default_split, predict_csv
@@ -712,13 +719,16 @@ def evaluate_command(
     Example:
       mmc evaluate my.run my.store --split test
     """
-    from mmc.heads.artifact import Run
-    from mmc.heads.evaluate import evaluate, format_table
+    from mmc.heads.runfiles import check_run
     from mmc.store import EmbeddingStore
 
-    result = evaluate(
-        Run.load(run), EmbeddingStore.open(store), None if split == "all" else split, device=device
-    )
+    check_run(run)
+    opened = EmbeddingStore.open(store)
+
+    from mmc.heads.artifact import Run
+    from mmc.heads.evaluate import evaluate, format_table
+
+    result = evaluate(Run.load(run), opened, None if split == "all" else split, device=device)
     if json_output:
         _print_json(result)
     else:
@@ -747,14 +757,19 @@ def report_command(
     Example:
       mmc report my.run --out report.html
     """
+    from mmc.heads.runfiles import check_run
+    from mmc.store import EmbeddingStore
+
+    check_run(run)
+    named = None if store is None else EmbeddingStore.open(store)
+
     from mmc.extract.progress import Progress
     from mmc.extract.thumbnails import Thumbnails
     from mmc.heads.artifact import Run
     from mmc.heads.report.page import trained_store, write_report
-    from mmc.store import EmbeddingStore
 
     loaded = Run.load(run)
-    opened = EmbeddingStore.open(store or trained_store(loaded, run))
+    opened = EmbeddingStore.open(trained_store(loaded, run)) if named is None else named
     with Progress() as progress:
         done = write_report(
             loaded,
@@ -803,13 +818,15 @@ def neighbors_command(
       mmc neighbors my.store --query photo.jpg -k 5
       mmc neighbors my.store --query "two dogs on a beach"
     """
+    from mmc.store import EmbeddingStore
+
+    opened = EmbeddingStore.open(store)
+
     from mmc.extract.progress import Progress
     from mmc.extract.queries import embed_query
-    from mmc.store import EmbeddingStore
     from mmc.store.nearest import described, format_neighbors, nearest_samples
     from mmc.store.neighbors import open_index, vector_features
 
-    opened = EmbeddingStore.open(store)
     asked = embed_query(opened, query, kind=by, feature=features, device=device)
     with Progress() as progress:
         searched = open_index(opened, asked.feature, kind=index, report=_say, progress=progress)
@@ -850,15 +867,20 @@ def labels_command(
       mmc labels my.store --out labels
       mmc labels my.store --run my.run --out labels
     """
+    from mmc.heads.runfiles import check_run
+    from mmc.store import EmbeddingStore
+
+    config = build(LabelsConfig, settings, where="mmc labels")
+    if run is not None:
+        check_run(run)
+    opened = EmbeddingStore.open(store)
+
     from mmc.extract.progress import Progress
     from mmc.extract.thumbnails import Thumbnails
     from mmc.heads.artifact import Run
     from mmc.heads.labels.analysis import analyse_labels
-    from mmc.store import EmbeddingStore
 
-    config = build(LabelsConfig, settings, where="mmc labels")
     loaded = None if run is None else Run.load(run)
-    opened = EmbeddingStore.open(store)
     with Progress() as progress:
         found = analyse_labels(
             opened,
@@ -903,11 +925,13 @@ def compare_command(
       mmc compare runs/
       mmc compare linear.run mlp.run --store my.store --csv runs.csv
     """
-    from mmc.heads.compare import compare, comparison_csv, format_comparison
-    from mmc.heads.runfiles import write_atomic
     from mmc.store import EmbeddingStore
 
     opened = EmbeddingStore.open(store) if store is not None else None
+
+    from mmc.heads.compare import compare, comparison_csv, format_comparison
+    from mmc.heads.runfiles import write_atomic
+
     found = compare(runs, store=opened, split=split, device=device, report=_say)
     if csv is not None:
         write_atomic(csv, comparison_csv(found))
@@ -983,6 +1007,10 @@ def export_command(
 
 
 def _export_onnx(run: Path, out: Path | None) -> Any:
+    from mmc.heads.runfiles import check_run
+
+    check_run(run)
+
     from mmc.heads.artifact import Run
     from mmc.heads.export import default_path, export_onnx
 
@@ -992,13 +1020,18 @@ def _export_onnx(run: Path, out: Path | None) -> Any:
 def _export_samples(
     store: str, out: Path | None, to: Literal["parquet", "npy"], run: Path | None, **settings: Any
 ) -> Any:
+    from mmc.heads.runfiles import check_run
+    from mmc.store import EmbeddingStore
+
+    opened = EmbeddingStore.open(store)
+    if run is not None:
+        check_run(run)
+
     from mmc.extract.progress import Progress
     from mmc.extract.thumbnails import Thumbnails
     from mmc.heads.artifact import Run
     from mmc.heads.handover import default_out, export_samples
-    from mmc.store import EmbeddingStore
 
-    opened = EmbeddingStore.open(store)
     with Progress() as progress:
         return export_samples(
             opened,

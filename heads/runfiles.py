@@ -16,6 +16,8 @@ seeds.csv          one row per seed of the setting that was kept
 folds.csv          one row per fold of the setting that was kept
 histories.csv      one row per epoch of every training
 out_of_fold.parquet   what heads that had not seen them said of the train and val samples
+
+Imports no torch: what is wrong with a path is said at once.
 """
 
 import csv
@@ -27,9 +29,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmc.heads.metrics import HEADLINE
 from mmc.store.atomic import write_atomic as write_atomic
 from mmc.store.errors import FormatVersionError, InputError
+from mmc.store.samples import TASKS
 
 FORMAT = 1
 WEIGHTS, RECORD, HISTORY, CARD, CHECKPOINTS, RECIPE, TENSORBOARD = (
@@ -112,6 +114,16 @@ def check_output(path: str | Path) -> Path:
     return folder
 
 
+def check_run(folder: Path) -> None:
+    """Look whether there is a run, before anything that takes long.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not (folder / RECORD).is_file():
+        raise _not_a_run(folder)
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """``run.json``, with every key that a run needs.
 
@@ -122,12 +134,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / RECORD).read_bytes())
     except OSError:
-        if (folder / CHECKPOINTS).is_dir():
-            raise InputError(
-                f"{folder} holds an unfinished training; the same `mmc train-head` goes on with it"
-            ) from None
-        kind = "is not a run: it has no run.json" if folder.exists() else "does not exist"
-        raise InputError(f"{folder} {kind} (a run is what `mmc train-head` writes)") from None
+        raise _not_a_run(folder) from None
     except ValueError as error:
         raise InputError(f"{folder / RECORD} is not JSON ({error})") from None
     if not isinstance(record, dict) or not isinstance(record.get("format"), int):
@@ -151,7 +158,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder / RECORD} is damaged at 'metrics'; train the head again")
     if not _positive(record.get("temperature", 1.0)):
         raise InputError(f"{folder / RECORD} is damaged at 'temperature'; train the head again")
-    if record["task"] not in HEADLINE:
+    if record["task"] not in TASKS or record["task"] == "unlabelled":
         raise InputError(f"{folder / RECORD}: unknown task {record['task']!r}")
     if label_set_hash(record["label_set"]) != record["label_set_hash"]:
         raise InputError(
@@ -159,6 +166,15 @@ def read_record(folder: Path) -> dict[str, Any]:
             "the head's outputs, so train the head again"
         )
     return record
+
+
+def _not_a_run(folder: Path) -> InputError:
+    if (folder / CHECKPOINTS).is_dir():
+        return InputError(
+            f"{folder} holds an unfinished training; the same `mmc train-head` goes on with it"
+        )
+    kind = "is not a run: it has no run.json" if folder.exists() else "does not exist"
+    return InputError(f"{folder} {kind} (a run is what `mmc train-head` writes)")
 
 
 def _positive(value: Any) -> bool:

@@ -99,6 +99,50 @@ def test_what_is_wrong_at_first_sight_is_said_before_torch_is_loaded(tmp_path, a
     assert says in done.stderr
 
 
+def test_paths_are_looked_at_before_torch_is_loaded(trained, tmp_path):
+    store, run = map(str, trained)
+    calls = {
+        "nowhere.run does not exist": [
+            ["predict", "nowhere.run", store, "--out", "p.csv"],
+            ["evaluate", "nowhere.run", store],
+            ["report", "nowhere.run", "--out", "r.html"],
+            ["labels", store, "--run", "nowhere.run", "--out", "out"],
+            ["export", "nowhere.run", "--to", "onnx"],
+            ["export", store, "--to", "npy", "--run", "nowhere.run"],
+        ],
+        f"{store} is not a run": [["evaluate", store, store]],
+        "no store at nowhere.store": [
+            ["evaluate", run, "nowhere.store"],
+            ["report", run, "--store", "nowhere.store", "--out", "r.html"],
+            ["labels", "nowhere.store", "--out", "out"],
+            ["neighbors", "nowhere.store", "--query", "x"],
+            ["compare", run, "--store", "nowhere.store"],
+            ["export", "nowhere.store", "--to", "npy"],
+        ],
+        "nowhere.csv": [["predict", run, "nowhere.csv", "--out", "p.csv"]],
+    }
+    code = (
+        "import json, sys; from mmc.cli import main\n"
+        "for arguments in json.loads(sys.stdin.read()):\n"
+        "    sys.argv = ['mmc', *arguments]\n"
+        "    try: main()\n"
+        "    except SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
+    )
+    flat = [arguments for listed in calls.values() for arguments in listed]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        input=json.dumps(flat),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == ["2 False"] * len(flat), done.stderr
+    says = [text for text, listed in calls.items() for _ in listed]
+    for text, line in zip(says, done.stderr.splitlines(), strict=True):
+        assert text in line
+
+
 def test_a_run_on_arrays_is_for_arrays(mmc: Callable, trained, tmp_path):
     from mmc.heads import HeadClassifier
 
