@@ -176,7 +176,7 @@ def _per_label(run: "Run") -> str:
     if split not in run.metrics:
         return ""
     rows = ranked_labels(run.metrics[split])
-    wanted = ("label", "positives", "ap", "f1", "precision", "recall", "threshold")
+    wanted = ("label", "positives", "known", "ap", "f1", "precision", "recall", "threshold")
     columns = [c for c in wanted if rows and c in rows[0]]
     best, worst = rows[:SHOWN], rows[SHOWN:][-SHOWN:]
     text = f"### Labels on `{split}`, best first\n\n{_label_table(best, columns)}"

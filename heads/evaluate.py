@@ -109,7 +109,7 @@ def format_table(result: Mapping[str, Any]) -> str:
     if "train" in by_split:
         lines.append("the head has seen the train samples: val and test tell how good it is")
     labels = ranked_labels(result)
-    wanted = ("label", "positives", "ap", "f1", "precision", "recall", "threshold")
+    wanted = ("label", "positives", "known", "ap", "f1", "precision", "recall", "threshold")
     columns = [c for c in wanted if labels and c in labels[0]]
     if not columns:
         return "\n".join(lines)

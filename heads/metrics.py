@@ -216,10 +216,15 @@ def _multilabel(
 def _label_table(
     ranking: Ranking, counts: _Decisions, thresholds: Thresholds, label_set: Sequence[str]
 ) -> dict[str, list[Any]]:
-    """Columns with one value per label, in the label set's order."""
+    """Columns with one value per label, in the label set's order.
+
+    Where single labels of samples are not known, ``known`` says of how many samples each is.
+    """
+    partly = counts.samples * len(label_set) > counts.known
     return {
         "label": list(label_set),
         "positives": [int(x) for x in ranking.positives],
+        **({"known": [int(x) for x in ranking.known]} if partly else {}),
         "predicted": [int(x) for x in counts.predicted],
         "ap": ranking.ap.tolist(),
         "auroc": ranking.auroc.tolist(),

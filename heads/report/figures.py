@@ -145,6 +145,7 @@ def labels(run: Run, measured: Measured) -> str:
 
 def _label_table(measured: Measured, rows: list[dict[str, Any]], linked: set[int]) -> str:
     names = [(key, title) for key, title in COLUMNS if any(key in row for row in rows)]
+    partly = any("known" in row for row in rows)
     last = ["predicted", *(["threshold"] if any("threshold" in row for row in rows) else [])]
     body = []
     for row in rows:
@@ -152,9 +153,11 @@ def _label_table(measured: Measured, rows: list[dict[str, Any]], linked: set[int
         if row["place"] in linked:
             name = f'<a href="#pr-{row["place"]}">{name}</a>'
         cells = [row_head(name), cell(row["positives"])]
+        cells += [cell(row["known"])] if partly else []
         cells += [cell(row.get(key), bar=key in ("ap", "f1")) for key, _ in names]
         body.append(cells + [cell(row.get(key)) for key in last])
-    header = ("label", "samples", *(title for _, title in names), *last)
+    known = ["known"] if partly else []
+    header = ("label", "samples", *known, *(title for _, title in names), *last)
     return table(f"Labels on {measured.split}", header, body, sortable=True)
 
 

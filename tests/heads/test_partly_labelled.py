@@ -1,5 +1,6 @@
 """Stores of which single labels are unknown: nothing takes them for yes or no."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,10 @@ import torch
 from labels_case import quiet, store_of
 from sklearn.metrics import average_precision_score, f1_score, log_loss
 
+from mmc.heads.card import render
 from mmc.heads.checks import _Chance
+from mmc.heads.evaluate import evaluate as evaluate_run
+from mmc.heads.evaluate import format_table
 from mmc.heads.handover import export_samples
 from mmc.heads.labels.around import around, shares
 from mmc.heads.labels.duplicates import duplicate_rows, exact_groups
@@ -22,6 +26,7 @@ from mmc.heads.options import TrainConfig
 from mmc.heads.predict import Predictor, predict
 from mmc.heads.report import mixups
 from mmc.heads.report.measured import counted, losses, measure
+from mmc.heads.report.page import write_report
 from mmc.heads.search.outoffold import _lists, _targets, _unknown
 from mmc.heads.trainer import train
 
@@ -76,6 +81,25 @@ def test_priors_count_the_rows_that_know_a_label(make_store, tmp_path: Path) -> 
     share = ((hot == 1).sum(0) + 1) / ((hot >= 0).sum(0) + 2)
     bias = next(v for k, v in report.run.state.items() if k.endswith("bias"))
     np.testing.assert_allclose(bias.numpy(), np.log(share / (1 - share)), atol=1e-4)
+
+
+def test_tables_say_of_how_many_rows_a_label_is_known(make_store, make_run, tmp_path) -> None:
+    store = make_store(unknown=0.4, n=120)
+    run = make_run(store)
+    found = evaluate_run(run, store, "test", device="cpu")
+    rows = store.rows(split="test", features=["clip/image"], labelled=True)
+    hot = store.labels.multi_hot(rows)
+    known = (hot[(hot >= 0).any(1)] >= 0).sum(0).tolist()
+    assert found["per_label"]["known"] == known
+    run.metrics = {"test": found}
+    write_report(run, store, tmp_path / "r.html", split="test", device="cpu")
+    page = (tmp_path / "r.html").read_text().split('id="labels"')[1].split("</table>")[0]
+    for text in (format_table(found), render(run), page):
+        assert re.search(r"(samples|positives)\W.*\bknown\b", text)
+    row = next(line for line in format_table(found).splitlines() if line.startswith("bus"))
+    assert row.split()[2] == str(known[store.label_set.index("bus")])
+    whole = make_store(name="whole")
+    assert "known" not in evaluate_run(make_run(whole), whole, "test", device="cpu")["per_label"]
 
 
 def test_labels_known_of_no_row_are_left_out_of_averages() -> None:
