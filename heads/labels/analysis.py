@@ -4,12 +4,13 @@ import itertools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from mmc.heads.labels import duplicates, nearest, outliers, persample, suspects, tolabel
 from mmc.heads.labels.around import around, shares
@@ -38,6 +39,8 @@ FILES = (
     "label_graph.json",
     "index.html",
 )
+PARTIAL, LOCK = ".partial", ".lock"
+"""Ending of the folder that is filled first, and what its owner holds in it."""
 LEFT_BY_VIEWERS = ("Thumbs.db", "desktop.ini")
 """Besides hidden files and those that begin with ~: what looking into a folder may leave there."""
 
@@ -48,6 +51,8 @@ class LabelsReport:
 
     out: Path
     samples: int
+    left_out: str
+    """Which others have embeddings that are not finite; empty: none."""
     labelled: int
     labels: int
     features: list[str]
@@ -133,6 +138,8 @@ def analyse_labels(
     joined = separator(store.label_set)
     material = Material(store, config.features, run=run, device=config.device)
     check_size(material, with_run=run is not None, report=report)
+    if material.left_out:
+        report(f"warning: {material.left_out}")
     with _appearing(folder) as beside:
         view = None if run is None else RunView(run, material, progress)
         near = around(material, progress, report)
@@ -176,6 +183,7 @@ def analyse_labels(
         found = LabelsReport(
             out=folder,
             samples=len(material),
+            left_out=material.left_out,
             labelled=len(material.labelled),
             labels=len(store.label_set),
             features=list(material.features),
@@ -225,18 +233,21 @@ def _evidence(judged: suspects.Judged | None) -> dict[str, int]:
 def _appearing(folder: Path) -> Iterator[Path]:
     """A new folder beside ``folder``, whose files move there in the end; gone if that fails.
 
-    It is made at once, so that a place that cannot be written is known before any work.
+    It is made at once, so that a place that cannot be written is known before any work. What calls
+    that were killed left there goes first.
     """
     beside = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Not by the number of the process: in a container that is the same each time.
-        name = f"{folder.resolve().name}."
-        beside = Path(tempfile.mkdtemp(".partial", name, folder.resolve().parent))
-        yield beside
-        folder.mkdir(exist_ok=True)
-        for name in FILES:
-            (beside / name).replace(folder / name)
+        parent, name = folder.resolve().parent, f"{folder.resolve().name}."
+        _clear(parent, name)
+        beside = Path(tempfile.mkdtemp(PARTIAL, name, parent))
+        with FileLock(beside / LOCK):
+            yield beside
+            folder.mkdir(exist_ok=True)
+            for name in FILES:
+                (beside / name).replace(folder / name)
     except OSError as error:
         raise MmcError(
             f"cannot write {folder}: {error.strerror or error}; make room or rights, then go on"
@@ -244,6 +255,15 @@ def _appearing(folder: Path) -> Iterator[Path]:
     finally:
         if beside is not None:
             shutil.rmtree(beside, ignore_errors=True)
+
+
+def _clear(parent: Path, name: str) -> None:
+    """Remove such folders as `_appearing` makes whose owner is dead, which its lock tells."""
+    for left in parent.iterdir():
+        ours = left.name.startswith(name) and left.name.endswith(PARTIAL)
+        if ours and (left / LOCK).exists():
+            with suppress(Timeout), FileLock(left / LOCK, timeout=0):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _told(material: Material, groups: duplicates.Groups) -> dict[str, Any]:

@@ -77,7 +77,6 @@ def _of_feature(material: Material, feature: str, progress: Progress, report: Sa
     if n <= FLAT_ROWS:
         vectors = torch.from_numpy(material.store[feature].take(material.rows))
         vectors = vectors.to(material.device).float()
-        material.check_finite(feature, vectors)
         search = ExactSearch(vectors)
         k = min(K, n - 1)
         for start in range(0, n if k else 0, BLOCK_ROWS):

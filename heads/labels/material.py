@@ -3,7 +3,7 @@
 Legend: n samples looked at, C labels, D values of all features together, b samples of a block.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,7 @@ Progress = Callable[[str, int, int], None]
 
 BLOCK_ROWS = 8192
 """b at most: what is made of a block may have more values than it."""
+SHOWN_IDS = 5
 CENTRE_ROWS = 20_000
 """The mean embedding is taken over so many samples, evenly spaced."""
 
@@ -67,7 +68,7 @@ class Material:
         spec: as ``--features``; empty: the run's pooled features, or all pooled ones.
 
     Raises:
-        InputError: no such feature, or no sample has all of them.
+        InputError: no such feature, or no sample has all of them in finite numbers.
     """
 
     def __init__(
@@ -83,11 +84,20 @@ class Material:
             used = run.resolve_features(store).values()
             spec = tuple(name for name in used if len(store[name].shape) == 2)
         self.features = tuple(resolve(store, spec, Linear, "mmc labels").values())
-        self.rows: Ints = store.rows(features=self.features).astype(np.int64)
-        """Rows of the store, ascending (n,)."""
-        if not len(self.rows):
+        rows = store.rows(features=self.features).astype(np.int64)
+        if not len(rows):
             raise InputError(
                 f"no sample of {store.path} has {' and '.join(self.features)}; run `mmc extract`"
+            )
+        bad = self._not_finite(rows)
+        self.rows: Ints = rows[~np.logical_or.reduce([*bad.values()])]
+        """Rows of the store, ascending (n,): those whose embeddings are all finite."""
+        self.left_out = self._told(rows, bad)
+        """A line on those that are not, which have no cosine to anything; empty: none."""
+        if not len(self.rows):
+            raise InputError(
+                f"no embedding of {' and '.join(self.features)} in {store.path} is finite; make "
+                "them again, or leave the feature out with --features"
             )
         self.label_set = store.label_set
         self.labels = _known(store, self.rows)
@@ -133,8 +143,6 @@ class Material:
             share = {name: value / sum(near.values()) for name, value in near.items()}
         for first, batch in raw_blocks(self.store, self._roles(), rows, self.device):
             size = len(next(iter(batch.values())))
-            for name, values in batch.items():
-                self.check_finite(name, values)
             for i in range(0, size, BLOCK_ROWS):
                 parts = []
                 for name, values in batch.items():
@@ -157,15 +165,6 @@ class Material:
         assert out is not None, "no places"
         return out
 
-    def check_finite(self, feature: str, values: Tensor) -> None:
-        """Raise InputError where an embedding is NaN or infinite: it has no cosine to anything."""
-        bad = int((~values.isfinite()).any(1).sum())
-        if bad:
-            raise InputError(
-                f"{feature} of {self.store.path} has {bad:,} embeddings that are not finite; make "
-                "it again, or leave it out with --features"
-            )
-
     def column(self, name: str, places: Ints) -> list[str]:
         """A text column of the store, "" for null."""
         values = self.store.column(name).take(pa.array(self.rows[places]))
@@ -177,6 +176,27 @@ class Material:
             return None
         return [self.label_set[label] for label in self.labels.of(place)]
 
+    def _not_finite(self, rows: Ints) -> dict[str, Bools]:
+        """Feature -> which of ``rows`` hold NaN or infinity in it."""
+        bad = {name: np.zeros(len(rows), bool) for name in self.features}
+        for first, batch in raw_blocks(self.store, self._roles(), rows, self.device):
+            for name, values in batch.items():
+                found = ~values.isfinite().all(1)
+                bad[name][first : first + len(values)] = found.cpu().numpy()
+        return bad
+
+    def _told(self, rows: Ints, bad: Mapping[str, Bools]) -> str:
+        """How many of ``rows`` are left out, by which feature, and the ids of the first."""
+        parts = []
+        for name, found in bad.items():
+            ids = self.store.column("id").take(pa.array(rows[found][:SHOWN_IDS])).to_pylist()
+            more = ", ..." if found.sum() > len(ids) else ""
+            if ids:
+                parts.append(f"{int(found.sum()):,} by {name} ({', '.join(map(str, ids))}{more})")
+        if not parts:
+            return ""
+        return f"embeddings that are not finite, whose samples are left out: {'; '.join(parts)}"
+
     def _roles(self) -> dict[str, str]:
         return {name: name for name in self.features}
 
@@ -186,7 +206,6 @@ class Material:
             total: dict[str, Tensor] = {}
             for _, batch in raw_blocks(self.store, self._roles(), some, self.device):
                 for name, values in batch.items():
-                    self.check_finite(name, values)
                     found = F.normalize(values, dim=1).double().sum(0)
                     total[name] = total[name] + found if name in total else found
             self._centre = {name: (value / len(some)).float() for name, value in total.items()}

@@ -128,6 +128,7 @@ def _summary(report: "LabelsReport") -> str:
     return (
         f"{report.samples:,} samples, {report.labelled:,} of them labelled, {report.labels:,} "
         f"labels; compared by {features}."
+        + (f" Warning: {esc(report.left_out)}." if report.left_out else "")
     )
 
 

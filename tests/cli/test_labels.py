@@ -157,6 +157,26 @@ def test_nothing_is_left_of_what_did_not_end(mmc, trained, tmp_path, monkeypatch
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+def test_what_a_killed_call_left_goes_and_what_is_at_work_stays(mmc, tmp_path):
+    from mmc.heads.labels.analysis import _appearing
+
+    store_of(tmp_path / "s", np.eye(12), [[0]] * 12, "ab")
+    beside = tmp_path / "there"
+    with pytest.raises(KeyboardInterrupt), _appearing(beside / "out") as at_work:
+        (at_work / "half.csv").write_text("x")
+        # A copy is what a killed call leaves: the same files, and nobody holds the lock.
+        shutil.copytree(at_work, beside / "out.killed.partial")
+        shutil.copytree(at_work, beside / "other.killed.partial")
+        (beside / "out.mine.partial").mkdir()
+        result = mmc("labels", tmp_path / "s", "--out", beside / "out")
+        assert result.code == 0, result.err
+        there = {"out", at_work.name, "other.killed.partial", "out.mine.partial"}
+        assert {path.name for path in beside.iterdir()} == there
+        assert (at_work / "half.csv").exists()
+        raise KeyboardInterrupt
+    assert not at_work.exists()
+
+
 def test_a_place_that_cannot_be_written_is_said_before_any_work(
     mmc, trained, tmp_path, monkeypatch
 ):

@@ -10,6 +10,7 @@ from labels_case import quiet, store_of
 
 from mmc.heads.artifact import Run
 from mmc.heads.labels import duplicates, nearest, outliers, tolabel
+from mmc.heads.labels.analysis import FILES, analyse_labels
 from mmc.heads.labels.around import around
 from mmc.heads.labels.graphfiles import graph_json, graphml, label_graph
 from mmc.heads.labels.material import Material
@@ -231,14 +232,42 @@ def test_names_that_xml_cannot_hold(tmp_path):
     assert json.loads(graph_json(made))["nodes"][0]["id"] == names[0]
 
 
-def test_embeddings_that_are_not_finite_are_said(tmp_path):
-    vectors = RANDOM.normal(size=(20, 4))
-    vectors[3, 1] = np.nan
-    material = Material(store_of(tmp_path / "s", vectors, [[0]] * 20, ["a"]))
-    with pytest.raises(InputError, match=r"clip/image of .* has 1 embeddings that are not finite"):
-        around(material, quiet, quiet)
-    with pytest.raises(InputError, match="not finite"):
-        list(material.vectors())
+def test_samples_whose_embeddings_are_not_finite_are_left_out_and_said(tmp_path):
+    vectors = RANDOM.normal(size=(40, 4))
+    labels = [[i % 2] for i in range(40)]
+    bad = [3, 17, 18, 19, 20, 21, 22]
+    others = [i for i in range(40) if i not in bad]
+    damaged = vectors.copy()
+    damaged[bad, 1] = np.nan
+    damaged[17, 2] = np.inf
+    said: list[str] = []
+    store = store_of(tmp_path / "s", damaged, labels, "ab")
+    found = analyse_labels(store, tmp_path / "out", report=said.append)
+    told = "left out: 7 by clip/image (s3, s17, s18, s19, s20, ...)"
+    assert [told in line for line in said] == [True]
+    assert (found.samples, told in found.left_out) == (33, True)
+    assert told in (tmp_path / "out" / "index.html").read_text()
+    # The others are judged as in a store that never had them.
+    whole = store_of(
+        tmp_path / "w",
+        vectors[others],
+        [labels[i] for i in others],
+        "ab",
+        id=[f"s{i}" for i in others],
+        image_key=[f"k{i}" for i in others],
+    )
+    assert analyse_labels(whole, tmp_path / "whole").left_out == ""
+    for name in FILES:
+        if name.endswith(".csv"):
+            assert (tmp_path / "out" / name).read_bytes() == (
+                tmp_path / "whole" / name
+            ).read_bytes()
+
+
+def test_a_feature_without_any_finite_embedding_is_refused(tmp_path):
+    store = store_of(tmp_path / "s", np.full((20, 4), np.nan), [[0]] * 20, ["a"])
+    with pytest.raises(InputError, match="no embedding of clip/image in .* is finite"):
+        Material(store)
 
 
 def test_features_must_be_there(make_store):
