@@ -9,6 +9,7 @@ from mmc.heads.labels.flips import SHARE
 from mmc.heads.labels.material import Material
 from mmc.heads.labels.nearest import VIEWS, Views, lift, present
 from mmc.heads.labels.outliers import FLOOR
+from mmc.heads.labels.suspects import WORTH_A_LOOK
 from mmc.heads.report.markup import esc
 from mmc.store.errors import MmcError
 
@@ -37,10 +38,11 @@ SCORE = (
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #565d66; --mark: #b45309; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 1rem;
+  overflow-wrap: anywhere; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
 nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1rem; list-style: none; padding: 0; }
-.wide { overflow-x: auto; } .soft { color: var(--soft); }
+.wide { overflow-x: auto; overflow-wrap: normal; } .soft { color: var(--soft); }
 p { max-width: 46rem; }
 .hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 .wide:focus-visible, a:focus-visible { outline: 3px solid #2563eb; outline-offset: 2px; }
@@ -135,9 +137,15 @@ def _summary(report: "LabelsReport") -> str:
 def _suspects(rows: list[dict[str, Any]], pictures: _Pictures) -> str:
     if not rows:
         return "<p>None: either no label looks wrong, or there are too few labelled samples.</p>"
+    shown = [row for row in rows if row["score"] >= WORTH_A_LOOK]
+    if not shown:
+        return (
+            f"<p>None that is worth a look: of the {len(rows):,} labels that are doubted none has "
+            f"a score of {WORTH_A_LOOK} or more. {SCORE} All are in suspects.csv.</p>"
+        )
     words = {"missing": "add", "extra": "remove", "wrong": "change"}
     lines = []
-    for row in rows[:SUSPECTS]:
+    for row in shown[:SUSPECTS]:
         advice = f"{words[row['kind']]} <b>{esc(row['label'])}</b>"
         if row["suggested"]:
             advice += f" to <b>{esc(row['suggested'])}</b>"
@@ -159,9 +167,10 @@ def _suspects(rows: list[dict[str, Any]], pictures: _Pictures) -> str:
         *("Labels given", "Judged by"),
     ]
     note = (
-        f"The likeliest first. {SCORE} Probability: of the label itself. Neighbours: share of the "
-        "nearest samples that have it. Run: its probability by the run, where that did not train "
-        f"on the sample. All {len(rows):,} are in suspects.csv."
+        f"The likeliest first, down to a score of {WORTH_A_LOOK}. {SCORE} Probability: of the "
+        "label itself. Neighbours: share of the nearest samples that have it. Run: its probability "
+        "by the run, where that did not train on the sample. "
+        f"All {len(rows):,} are in suspects.csv."
     )
     return _table("Labels that may be wrong", note, heads, lines, numbers={3, 4, 5, 6})
 
@@ -186,6 +195,11 @@ def _nearest(rows: list[dict[str, Any]]) -> str:
         "By the cosine of the label texts, by the cosine of the mean of their samples, and by the "
         "probability of another label given this one. Marked where no label is near in every view."
     )
+    if len(by_label) > NEAREST_LABELS:
+        note += (
+            f" The first {NEAREST_LABELS} of {len(by_label):,} labels; all are in "
+            "nearest_labels.csv."
+        )
     heads = ["Label", "By text", "By samples", "By occurring together", "Views"]
     return _table("Nearest labels", note, heads, lines, first_is_header=True)
 

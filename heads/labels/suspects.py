@@ -30,6 +30,8 @@ LEAST_SAMPLES = 10
 """Fewer labelled samples say nothing of each other."""
 FLOOR = 0.5
 """A label that is less likely not as given is not listed."""
+WORTH_A_LOOK = 0.1
+"""Score from which pages show a label: of ten with such a score one is wrong. The table has all."""
 KINDS = ("missing", "extra", "wrong")
 COLUMNS = (
     "rank",

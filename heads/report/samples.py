@@ -10,6 +10,7 @@ import pyarrow as pa
 from mmc.heads.artifact import Run
 from mmc.heads.labels.brief import Brief
 from mmc.heads.labels.page import SCORE, Thumbnail
+from mmc.heads.labels.suspects import WORTH_A_LOOK
 from mmc.heads.report.markup import esc, folded, number, paragraph, section
 from mmc.heads.report.measured import Measured, losses
 from mmc.store.errors import MmcError
@@ -129,13 +130,20 @@ def suspects(found: Brief, album: Album) -> str:
     )
     blocks = []
     for kind, title, question in kinds:
-        rows = [row for row in found.suspects if row["kind"] == kind][:SHOWN]
+        rows = [row for row in found.suspects if row["kind"] == kind]
+        rows = [row for row in rows if row["score"] >= WORTH_A_LOOK][:SHOWN]
         if rows:
             cards = "".join(_suspect(row, question.format(**row), album) for row in rows)
             head = f"<h3>{title}</h3>" if title else ""
             blocks.append(f'{head}<ul class="samples">{cards}</ul>')
     if not blocks:
         why = found.without or "No label is doubted, or too few samples are labelled."
+        if found.suspects:
+            top = max(row["score"] for row in found.suspects)
+            why = (
+                "None is worth a look: the likeliest of the labels that are doubted has a score of "
+                f"{top:.2f}, and from {WORTH_A_LOOK} on they are shown. {SCORE}"
+            )
         return section("suspects", "Labels to look at again", paragraph(why))
     return section(
         "suspects",
@@ -143,7 +151,8 @@ def suspects(found: Brief, album: Album) -> str:
         paragraph(
             "As mmc labels finds them among all labelled samples, those of training too. The "
             "probability of a label is by the other samples (leave-one-out), and by the run where "
-            f"it had not seen the sample (run, out-of-fold) if that adds anything. {SCORE}",
+            f"it had not seen the sample (run, out-of-fold) if that adds anything. {SCORE} "
+            f"Shown from {WORTH_A_LOOK} on.",
             "soft",
         ),
         *blocks,

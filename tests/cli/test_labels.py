@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -162,7 +163,7 @@ def test_what_a_killed_call_left_goes_and_what_is_at_work_stays(mmc, tmp_path):
 
     store_of(tmp_path / "s", np.eye(12), [[0]] * 12, "ab")
     beside = tmp_path / "there"
-    with pytest.raises(KeyboardInterrupt), _appearing(beside / "out") as at_work:
+    with suppress(KeyboardInterrupt), _appearing(beside / "out") as at_work:
         (at_work / "half.csv").write_text("x")
         # A copy is what a killed call leaves: the same files, and nobody holds the lock.
         shutil.copytree(at_work, beside / "out.killed.partial")
@@ -290,24 +291,66 @@ def test_tables_that_do_not_fit_are_refused_before_any_work(mmc, tmp_path, monke
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
-def test_a_browser_shows_the_page(analysed, tmp_path):
+def browse(page: Path, profile: Path) -> str:
+    """The page as a browser has it in the end."""
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("no chromium here")
     shown = subprocess.run(
         [
-            "chromium",
+            browser,
             "--headless",
             "--no-sandbox",
             "--disable-gpu",
             "--disable-dev-shm-usage",
-            f"--user-data-dir={tmp_path}",
+            f"--user-data-dir={profile}",
             "--virtual-time-budget=2000",
             "--dump-dom",
-            (analysed / "index.html").as_uri(),
+            page.as_uri(),
         ],
         capture_output=True,
         text=True,
         timeout=120,
         check=True,
     )
-    assert 'id="suspects"' in shown.stdout
     assert "CONSOLE" not in shown.stderr
+    return shown.stdout
+
+
+def test_a_browser_shows_the_page(analysed, tmp_path):
+    assert 'id="suspects"' in browse(analysed / "index.html", tmp_path)
+
+
+PHONE = """<!DOCTYPE html><title></title><iframe style="width:390px"></iframe><script>
+const frame = document.querySelector("iframe");
+frame.onload = () => {
+  const root = frame.contentDocument.documentElement;
+  document.title = `${root.scrollWidth} of ${root.clientWidth}`;
+};
+frame.srcdoc = PAGE;
+</script>"""
+
+
+def test_a_page_of_long_names_does_not_scroll_sideways_on_a_phone(mmc, tmp_path):
+    """Only tables do, in boxes of their own. A window has 500 pixels or more: a frame has fewer."""
+    long = "https://example.org/" + "a_long_name_without_any_space_" * 3
+    vectors = np.random.default_rng(0).normal(size=(40, 8)).repeat(2, 0)
+    store_of(
+        tmp_path / ("store_" + "x" * 60),
+        vectors,
+        [[i % 3] if i % 5 else [0, 1, 2] for i in range(80)],
+        [f"{long}{i}" for i in range(3)],
+        id=[f"{long}{i}" for i in range(80)],
+        text=[f"{long}{i // 2}" for i in range(80)],
+        text_key=[f"t{i // 2}" for i in range(80)],
+        image=[f"{long}.jpg"] * 80,
+    )
+    result = mmc("labels", tmp_path / ("store_" + "x" * 60), "--out", tmp_path / "out")
+    assert result.code == 0, result.err
+    text = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert text.count(long) > 50
+    framed = PHONE.replace("PAGE", json.dumps(text).replace("</", "<\\/"))
+    (tmp_path / "phone.html").write_text(framed, encoding="utf-8")
+    title = re.search(r"<title>(\d+) of (\d+)</title>", browse(tmp_path / "phone.html", tmp_path))
+    assert title is not None
+    assert int(title[1]) == int(title[2]) <= 390

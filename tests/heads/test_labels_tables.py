@@ -9,7 +9,7 @@ import torch
 from labels_case import quiet, store_of
 
 from mmc.heads.artifact import Run
-from mmc.heads.labels import duplicates, nearest, outliers, tolabel
+from mmc.heads.labels import duplicates, nearest, outliers, page, tolabel
 from mmc.heads.labels.analysis import FILES, analyse_labels
 from mmc.heads.labels.around import around
 from mmc.heads.labels.graphfiles import graph_json, graphml, label_graph
@@ -264,9 +264,26 @@ def test_samples_whose_embeddings_are_not_finite_are_left_out_and_said(tmp_path)
             ).read_bytes()
 
 
+def test_the_page_shows_what_is_worth_a_look_and_says_what_it_leaves_out():
+    row = {"kind": "extra", "id": "s1", "label": "a", "suggested": None, "evidence": "run"}
+    row |= {"probability": 0.4, "neighbors": None, "run": None, "labels": ["a"], "text": ""}
+    pictures = page._Pictures(None)
+    some = page._suspects([{**row, "score": score} for score in (0.4, 0.1, 0.09)], pictures)
+    assert some.count("remove <b>a</b>") == 2
+    assert "All 3 are in suspects.csv" in some
+    none = page._suspects([{**row, "score": 0.09}], pictures)
+    assert "remove" not in none
+    assert "None that is worth a look: of the 1 labels" in none
+    near = {"view": "text", "nearest": "b", "value": 0.5, "disagree": 0}
+    listed = page._nearest([{**near, "label": f"l{i}"} for i in range(201)])
+    assert "The first 200 of 201 labels; all are in nearest_labels.csv." in listed
+    assert listed.count('<th scope="row">') == 200
+    assert "The first" not in page._nearest([{**near, "label": f"l{i}"} for i in range(200)])
+
+
 def test_a_feature_without_any_finite_embedding_is_refused(tmp_path):
     store = store_of(tmp_path / "s", np.full((20, 4), np.nan), [[0]] * 20, ["a"])
-    with pytest.raises(InputError, match="no embedding of clip/image in .* is finite"):
+    with pytest.raises(InputError, match=r"no embedding of clip/image in .* is finite"):
         Material(store)
 
 

@@ -23,7 +23,9 @@ from sklearn import metrics as reference
 
 from mmc.heads.bootstrap import drawn, resampled
 from mmc.heads.labels.analysis import analyse_labels
+from mmc.heads.labels.brief import Brief
 from mmc.heads.labels.options import LabelsConfig
+from mmc.heads.labels.suspects import WORTH_A_LOOK
 from mmc.heads.metrics import evaluate
 from mmc.heads.report import samples
 from mmc.heads.report.charts import _ticks
@@ -301,6 +303,7 @@ def test_suspects_and_nearest_labels_are_those_of_mmc_labels(
         for kind in ("missing", "extra", "wrong")
         for row in table("suspects.csv")
         if row["kind"] == kind and int(row["rank"]) <= samples.SHOWN
+        if float(row["score"]) >= WORTH_A_LOOK
     ]
     assert expected
     assert [name for name, _ in cards] == [name for name, _ in expected]
@@ -309,6 +312,32 @@ def test_suspects_and_nearest_labels_are_those_of_mmc_labels(
     assert near
     found = html.unescape(text.split('id="near"')[1].split("</section>")[0])
     assert all(f"{row['nearest']} {float(row['value']):.2f}" in found for row in near)
+
+
+def test_suspects_that_are_not_worth_a_look_are_not_shown(make_store):
+    store = make_store()
+    row = {
+        "kind": "extra",
+        "label": "bus",
+        "suggested": None,
+        "probability": 0.4,
+        "evidence": "leave-one-out",
+        "neighbors": None,
+        "run": None,
+        "labels": ["bus"],
+        "split": "test",
+        "_row": 5,
+    }
+
+    def shown(*scores: float) -> str:
+        found = Brief(suspects=[{**row, "score": score} for score in scores], nearest=[])
+        return samples.suspects(found, samples.album(store, None))
+
+    assert shown(0.3, 0.1, 0.02).count("remove bus?") == 2
+    none = shown(0.03, 0.02)
+    assert "remove bus?" not in none
+    assert "None is worth a look" in none
+    assert "a score of 0.03" in none
 
 
 def test_a_run_that_nothing_can_be_compared_by_is_reported(
