@@ -4,6 +4,8 @@ Legend: N rows, C labels, K candidate thresholds ("cuts"), P positives of the la
 Scores are probabilities (N, C), -1 where unknown; truth is int8 (N, C) in {0, 1}.
 """
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,19 +19,25 @@ MAX_CUTS, MAX_SCORES = 2048, 1 << 20
 # Objectives that differ by less are a tie (float64 sums in another order).
 TIE = 1e-12
 ASCENT_ROUNDS = 5
+BLOCK_ENTRIES = 1 << 20
+"""Scores that are looked at together, at least those of one label; each takes up to 60 bytes."""
+
+
+def columns(rows: int, labels: int) -> Iterator[slice]:
+    """The labels of (rows, labels) in blocks."""
+    step = max(1, BLOCK_ENTRIES // max(rows, 1))
+    return (slice(start, start + step) for start in range(0, labels, step))
 
 
 def common(scores: Tensor, truth: Tensor, objective: str, *, binary: bool) -> Tensor:
     """The one threshold with the best objective, the nearest to 0.5 on a tie: float64 ()."""
     cuts = _candidates(scores)
-    # How many of the cuts each score reaches: it is predicted at cuts 0 .. reached - 1.
-    reached = torch.searchsorted(cuts, scores.double().contiguous(), right=True)
     if binary:
-        values = _binary_curve(reached, truth, len(cuts), objective)
+        values = _binary_curve(_reached(cuts, scores), truth, len(cuts), objective)
     elif objective == "samples":
-        values = _samples_curve(scores, reached, truth, len(cuts))
+        values = _samples_curve(scores, _reached(cuts, scores), truth, len(cuts))
     else:
-        values = _pooled_curve(reached, truth, len(cuts), objective)
+        values = _pooled_curve(scores, truth, cuts, objective)
     best = values >= values.max() - TIE
     distance = torch.where(best, (cuts - DEFAULT).abs(), torch.inf)
     return cuts[distance.argmin()]
@@ -43,12 +51,23 @@ def per_label(scores: Tensor, truth: Tensor, objective: str, near: Tensor) -> Te
     """
     if objective == "samples":
         return _samples_ascent(scores, truth, near)
-    sweep = _Sweep(scores, truth, near)
-    if objective == "macro":
-        best = sweep.best(2 * sweep.tp / (sweep.size + sweep.positives[:, None]).clamp(min=1))
-    else:
-        best = _micro_optimum(sweep)
-    return sweep.at(sweep.cuts, best)
+    # Labels with about as many positives together: a block has a cut for each of the most of one.
+    order = positives(truth).argsort(stable=True)
+    blocks = [order[part] for part in columns(*scores.shape)]
+    sweeps = [_Sweep(scores[:, block], truth[:, block], near[block]) for block in blocks]
+    best = _macro_optimum(sweeps) if objective == "macro" else _micro_optimum(sweeps)
+    found = torch.empty_like(near)
+    for block, sweep, place in zip(blocks, sweeps, best, strict=True):
+        found[block] = sweep.at(sweep.cuts, place)
+    return found
+
+
+def positives(truth: Tensor) -> Tensor:
+    """How many rows have each label: float64 (C,)."""
+    counts = truth.new_zeros(truth.shape[1], dtype=torch.float64)
+    for part in columns(*truth.shape):
+        counts[part] = truth[:, part].sum(0, dtype=torch.float64)
+    return counts
 
 
 # -- one threshold ---------------------------------------------------------------------------------
@@ -73,6 +92,11 @@ def _distinct(values: Tensor) -> Tensor:
     return distinct
 
 
+def _reached(cuts: Tensor, scores: Tensor) -> Tensor:
+    """How many of the cuts each score reaches: it is predicted at cuts 0 .. reached - 1."""
+    return torch.searchsorted(cuts, scores.double().contiguous(), right=True)
+
+
 def _counts_at_cuts(reached: Tensor, num_cuts: int) -> Tensor:
     """How many entries of each column of (N, G) are predicted at every cut: float64 (G, K)."""
     groups = reached.shape[1]
@@ -81,15 +105,23 @@ def _counts_at_cuts(reached: Tensor, num_cuts: int) -> Tensor:
     return counts.view(groups, -1).flip(1).cumsum(1).flip(1)[:, 1:].double()
 
 
-def _pooled_curve(reached: Tensor, truth: Tensor, num_cuts: int, objective: str) -> Tensor:
+def _pooled_curve(scores: Tensor, truth: Tensor, cuts: Tensor, objective: str) -> Tensor:
     """micro or macro F1 (K,) of every common threshold."""
-    # A false entry goes where it is never predicted.
-    hits = _counts_at_cuts(torch.where(truth == 1, reached, 0), num_cuts)
-    size = _counts_at_cuts(reached, num_cuts)
-    true = truth.sum(0, dtype=torch.float64)[:, None]
+    parts: list[Tensor] = []
+    hits = size = true = scores.new_zeros((), dtype=torch.float64)
+    for part in columns(max(len(scores), len(cuts)), scores.shape[1]):
+        reached, own = _reached(cuts, scores[:, part]), truth[:, part]
+        # A false entry goes where it is never predicted.
+        hits_GK = _counts_at_cuts(torch.where(own == 1, reached, 0), len(cuts))
+        size_GK = _counts_at_cuts(reached, len(cuts))
+        true_G = own.sum(0, dtype=torch.float64)[:, None]
+        if objective == "micro":
+            hits, size, true = hits + hits_GK.sum(0), size + size_GK.sum(0), true + true_G.sum()
+        else:
+            parts.append(2 * hits_GK / (size_GK + true_G).clamp(min=1))
     if objective == "micro":
-        hits, size, true = hits.sum(0, True), size.sum(0, True), true.sum(0, True)
-    return (2 * hits / (size + true).clamp(min=1)).mean(0)
+        return 2 * hits / (size + true).clamp(min=1)
+    return torch.cat(parts).mean(0)
 
 
 def _samples_curve(scores: Tensor, reached: Tensor, truth: Tensor, num_cuts: int) -> Tensor:
@@ -166,18 +198,29 @@ class _Sweep:
         return values.gather(1, places[:, None])[:, 0]
 
 
-def _micro_optimum(sweep: _Sweep) -> Tensor:
-    """Places (C,) that maximise micro-F1 over all combinations of cuts (Dinkelbach's iteration).
+def _macro_optimum(sweeps: Sequence[_Sweep]) -> list[Tensor]:
+    """Places (G,) of the cuts with the best F1 of each label, block by block."""
+    return [
+        sweep.best(2 * sweep.tp / (sweep.size + sweep.positives[:, None]).clamp(min=1))
+        for sweep in sweeps
+    ]
+
+
+def _micro_optimum(sweeps: Sequence[_Sweep]) -> list[Tensor]:
+    """Places (G,) that maximise micro-F1 over all combinations of cuts (Dinkelbach's iteration).
 
     With F the value reached so far, each label takes the cut with the largest 2 TP - F * size;
     F rises until it is the optimum, in a handful of rounds.
     """
-    total = sweep.positives.sum()
-    value = torch.zeros((), dtype=torch.float64, device=sweep.tp.device)
+    total = torch.stack([sweep.positives.sum() for sweep in sweeps]).sum()
+    value = torch.zeros_like(total)
     while True:
-        best = sweep.best(2 * sweep.tp - value * sweep.size)
-        size = sweep.at(sweep.size, best).sum()
-        reached = 2 * sweep.at(sweep.tp, best).sum() / (size + total).clamp(min=1)
+        best = [sweep.best(2 * sweep.tp - value * sweep.size) for sweep in sweeps]
+        size, tp = total * 0, total * 0
+        for sweep, place in zip(sweeps, best, strict=True):
+            size = size + sweep.at(sweep.size, place).sum()
+            tp = tp + sweep.at(sweep.tp, place).sum()
+        reached = 2 * tp / (size + total).clamp(min=1)
         if reached <= value + TIE:
             return best
         value = reached

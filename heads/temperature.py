@@ -21,6 +21,9 @@ ENOUGH = 10
 ENTRIES = 1 << 22
 """Most logits that are looked at, of evenly spaced rows: one number needs no more."""
 
+BLOCK_ENTRIES = 1 << 20
+"""Logits of which probabilities are made together, in float64."""
+
 
 def probabilities(logits: Tensor, task: str, temperature: float = 1.0) -> Tensor:
     """float32 (n, C): sigmoid per label for multilabel, softmax over labels otherwise.
@@ -28,8 +31,12 @@ def probabilities(logits: Tensor, task: str, temperature: float = 1.0) -> Tensor
     Args:
         temperature: what the logits are divided by.
     """
-    exact = logits.double() / temperature
-    return (exact.sigmoid() if task == "multilabel" else exact.softmax(1)).float()
+    out = torch.empty_like(logits, dtype=torch.float32)
+    step = max(1, BLOCK_ENTRIES // max(logits.shape[1], 1))
+    for i in range(0, len(logits), step):
+        exact = logits[i : i + step].double() / temperature
+        out[i : i + step] = exact.sigmoid() if task == "multilabel" else exact.softmax(1)
+    return out
 
 
 def log_loss(logits: Tensor, targets: Tensor, task: str, temperature: float = 1.0) -> float:
@@ -109,7 +116,10 @@ def _search(logits: Tensor | None, shares: Tensor | None) -> float | None:
 
     def loss(log_sharpness: float) -> float:
         sharpness = math.exp(log_sharpness)
-        return float((logits * sharpness).logsumexp(1).sum()) - sharpness * linear
+        blocks = logits.split(max(1, BLOCK_ENTRIES // logits.shape[1]))
+        # Summed in one piece, so that the result does not depend on the blocks.
+        normalisers = torch.cat([(block * sharpness).logsumexp(1) for block in blocks])
+        return float(normalisers.sum()) - sharpness * linear
 
     bounds = (-math.log(HIGHEST), -math.log(LOWEST))
     found = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-7})

@@ -136,7 +136,8 @@ def tune(
         chosen = torch.zeros_like(truth, dtype=torch.bool)
         for seen, unseen in (halves, halves[::-1]):
             cuts = fit(scores[seen], truth[seen], objective, task == "binary")
-            chosen[unseen] = scores[unseen] >= cuts
+            for rows in unseen.split(_block_rows(scores)):
+                chosen[rows] = scores[rows] >= cuts
         held_out[way] = objective_value(chosen, truth, objective, binary=task == "binary")
     best = max(held_out.values())
     way = next(m for m in fitters if held_out[m] >= best - TIE)
@@ -151,20 +152,36 @@ def objective_value(chosen: Tensor, truth: Tensor, objective: str, *, binary: bo
 
     With ``binary`` C is 1; micro and samples are the accuracy, macro the mean F1 of both classes.
     """
-    yes = truth == 1
     if binary:
-        chosen, yes = torch.cat([~chosen, chosen], 1), torch.cat([~yes, yes], 1)
-    dim = {"micro": None, "macro": 0, "samples": 1}[objective]
-    tp = (chosen & yes).sum(dim, dtype=torch.float64)
-    size = chosen.sum(dim, dtype=torch.float64) + yes.sum(dim, dtype=torch.float64)
+        chosen, truth = torch.cat([~chosen, chosen], 1), torch.cat([1 - truth, truth], 1)
+    # Counts are whole numbers, which add up to the same in any order.
+    count = truth.shape[0 if objective == "samples" else 1]
+    tp = torch.zeros(count, dtype=torch.float64, device=truth.device)
+    size = torch.zeros_like(tp)
+    for start in range(0, len(truth), _block_rows(truth)):
+        part = slice(start, start + _block_rows(truth))
+        yes, given = truth[part] == 1, chosen[part]
+        dim, place = (1, part) if objective == "samples" else (0, slice(None))
+        tp[place] += (given & yes).sum(dim, dtype=torch.float64)
+        size[place] += given.sum(dim, dtype=torch.float64) + yes.sum(dim, dtype=torch.float64)
+    if objective == "micro":
+        tp, size = tp.sum(), size.sum()
     return float((2 * tp / size.clamp(min=1)).mean())
+
+
+def _block_rows(values: Tensor) -> int:
+    """How many rows of (N, C) are looked at together."""
+    return max(1, search.BLOCK_ENTRIES // max(values.shape[1], 1))
 
 
 def _mask_unknown(probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Rows with any known entry; an unknown entry is never predicted and never true."""
-    rows = (targets >= 0).any(1)
+    known = targets >= 0
+    if known.all():  # as they mostly are: nothing is copied
+        return probabilities, targets.to(torch.int8)
+    rows = known.any(1)
     scores, truth = probabilities[rows], targets[rows].to(torch.int8)
-    return torch.where(truth < 0, -1.0, scores), truth.clamp(min=0)
+    return scores.masked_fill_(truth < 0, -1.0), truth.clamp_(min=0)
 
 
 def _binary_columns(probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,7 +205,7 @@ class _Common:
     shrinkage: float
 
     def __call__(self, scores: Tensor, truth: Tensor, objective: str, binary: bool) -> Tensor:
-        positives = truth.sum(dtype=torch.float64)
+        positives = search.positives(truth).sum()
         if binary:
             # Both classes count, and the smaller one decides how well the cut is known.
             positives = torch.minimum(positives, len(truth) - positives)
@@ -212,4 +229,4 @@ class _PerLabel:
     def __call__(self, scores: Tensor, truth: Tensor, objective: str, binary: bool) -> Tensor:
         towards = self.common(scores, truth, objective, binary)
         own = search.per_label(scores, truth, objective, towards)
-        return self.common.drawn(own, truth.sum(0, dtype=torch.float64), towards)
+        return self.common.drawn(own, search.positives(truth), towards)

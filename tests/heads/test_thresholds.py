@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmc.heads import cuts as search
 from mmc.heads import thresholds
@@ -261,6 +262,42 @@ def test_unknown_entries_are_as_if_they_were_not_there() -> None:
 def test_same_seed_same_thresholds() -> None:
     p, targets = problem(300, 5, 8, shift=-1.0)
     assert tune(p, targets, "multilabel", seed=3) == tune(p, targets, "multilabel", seed=3)
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many bytes the largest tensor has that is made meanwhile."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        found = function(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(tensor, Tensor):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return found
+
+
+@pytest.mark.parametrize("objective", ["micro", "macro"])
+@pytest.mark.parametrize("unknown", [0.0, 0.2])
+def test_blocks_of_labels_change_nothing_and_bound_what_is_made(
+    monkeypatch: pytest.MonkeyPatch, objective: str, unknown: float
+) -> None:
+    scores, truth = problem(300, 700, 5, shift=1.0)
+    truth[torch.rand(truth.shape, generator=torch.Generator().manual_seed(0)) < unknown] = -1
+    monkeypatch.setattr(search, "BLOCK_ENTRIES", 1 << 40)
+    monkeypatch.setattr(search, "MAX_SCORES", 50)  # more have a grid
+    whole = {
+        mode: tune(scores, truth, "multilabel", objective=objective, mode=mode)
+        for mode in ("global", "per_label")
+    }
+    monkeypatch.setattr(search, "BLOCK_ENTRIES", 20_000)
+    for mode, expected in whole.items():
+        with Largest() as largest:
+            found = tune(scores, truth, "multilabel", objective=objective, mode=mode)
+        assert found == expected
+        # The same in float64 would have eight bytes of each score, macro-F1 has them of each cut.
+        if objective == "micro":
+            assert 0 < largest.bytes < 8 * scores.numel()
 
 
 def test_binary_reads_the_second_class() -> None:
