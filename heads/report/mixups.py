@@ -1,10 +1,11 @@
 """The parts of a page on labels among each other: mix-ups, co-occurrence, nearness.
 
-Legend: n rows, C labels.
+Legend: n rows, C labels, k of them that are shown.
 """
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mmc.heads.artifact import Run
@@ -14,6 +15,7 @@ from mmc.heads.report.measured import Measured
 
 MOST_CELLS, MOST_ROWS = 30, 120
 """Labels of a heat map, and of the table of near labels, at most."""
+BLOCK_ENTRIES = 1 << 20
 NEAREST = 3
 """Near labels of each that are shown."""
 TITLES = {"text": "by text", "centroid": "by samples", "cooccurrence": "by occurring together"}
@@ -25,9 +27,10 @@ def confusions(run: Run, measured: Measured) -> str:
     """What is taken for what; for several labels per sample also what occurs together."""
     if run.task == "multilabel":
         return _mix_ups(run.label_set, measured)
-    counts = (measured.truth == 1).float().T @ measured.decisions.float()
-    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    kept = _most_involved(counts - counts.diag().diag())
+    yes, chosen = measured.truth == 1, measured.decisions
+    kept = _most_involved(mistakes(measured))
+    counts = _together(yes[:, kept], chosen[:, kept])
+    shares = counts / yes[:, kept].sum(0).clamp(min=1)[:, None]
     return section(
         "confusions",
         "What is taken for what",
@@ -38,10 +41,10 @@ def confusions(run: Run, measured: Measured) -> str:
 
 
 def _mix_ups(names: tuple[str, ...], measured: Measured) -> str:
-    shares, wrong = mix_ups(measured)
-    kept = _most_involved(wrong)
-    yes, known = (measured.truth == 1).float(), (measured.truth >= 0).float()
-    together = yes.T @ yes / (yes.T @ known).clamp(min=1)
+    kept = _most_involved(mistakes(measured))
+    shares = mix_ups(measured, kept)
+    yes, known = measured.truth[:, kept] == 1, measured.truth[:, kept] >= 0
+    together = _together(yes, yes) / _together(yes, known).clamp(min=1)
     return section(
         "confusions",
         "What is mixed up",
@@ -67,22 +70,41 @@ def _mix_ups(names: tuple[str, ...], measured: Measured) -> str:
     )
 
 
-def mix_ups(measured: Measured) -> tuple[Tensor, Tensor]:
-    """Of rows with label i and without j, the share and the number that was given j: (C, C) each.
+def mix_ups(measured: Measured, labels: list[int]) -> Tensor:
+    """Of rows with label i and without j, the share that was given j: float64 (k, k) of k labels.
 
-    On the diagonal the share of rows with i that was given i, and 0.
+    On the diagonal the share of rows with i that was given i.
     """
-    yes, chosen = (measured.truth == 1).float(), measured.decisions.float()
-    without = (measured.truth == 0).float()
-    wrong = yes.T @ (chosen * without)
-    shares = wrong / (yes.T @ without).clamp(min=1)
-    found = (yes * chosen).sum(0) / yes.sum(0).clamp(min=1)
-    return shares.fill_diagonal_(0) + found.diag(), wrong.fill_diagonal_(0)
+    truth, chosen = measured.truth[:, labels], measured.decisions[:, labels]
+    yes, without = truth == 1, truth == 0
+    shares = _together(yes, chosen & without) / _together(yes, without).clamp(min=1)
+    found = (yes & chosen).sum(0) / yes.sum(0).clamp(min=1)
+    return shares.fill_diagonal_(0) + found.diag()
 
 
-def _most_involved(wrong: Tensor) -> list[int]:
+def mistakes(measured: Measured) -> Tensor:
+    """In how many mix-ups each label takes part, as what is true or as what was given: (C,).
+
+    The sums of rows and columns of their table (C, C), which is never made: of 10,000 labels it
+    would take 400 MB.
+    """
+    yes, wrong = measured.truth == 1, measured.decisions & (measured.truth == 0)
+    given, has = wrong.sum(1, keepdim=True), yes.sum(1, keepdim=True)
+    return _together(yes, given)[:, 0] + _together(wrong, has)[:, 0]
+
+
+def _together(one: Tensor, other: Tensor) -> Tensor:
+    """``one.T @ other`` of flags or counts (n, a) and (n, b), float64 (a, b), by blocks of rows."""
+    step = max(1, BLOCK_ENTRIES // max(one.shape[1], other.shape[1], 1))
+    total = torch.zeros(one.shape[1], other.shape[1], dtype=torch.float64)
+    for start in range(0, len(one), step):
+        block = slice(start, start + step)
+        total += one[block].double().T @ other[block].double()
+    return total
+
+
+def _most_involved(involved: Tensor) -> list[int]:
     """Labels that are shown, in the label set's order: all, or those with the most mistakes."""
-    involved = wrong.sum(0) + wrong.sum(1)
     return sorted(involved.argsort(descending=True, stable=True)[:MOST_CELLS].tolist())
 
 
@@ -100,11 +122,11 @@ def _heat(
     values: Tensor,
     shares: Tensor,
 ) -> str:
-    """A table of ``values`` (C, C), coloured by ``shares`` (C, C) in [0, 1], of the labels kept."""
+    """A table of ``values`` (k, k), coloured by ``shares`` (k, k) in [0, 1], of the labels kept."""
     body = []
-    for i in kept:
-        cells = [row_head(esc(names[i]))]
-        for j in kept:
+    for i, label in enumerate(kept):
+        cells = [row_head(esc(names[label]))]
+        for j in range(len(kept)):
             share, value = float(shares[i, j]), f"{float(values[i, j]):,.0f}"
             kind = " ".join(k for k, on in (("hi", share > DARK), ("diag", i == j)) if on)
             shown = "·" if value == "0" else value
@@ -129,16 +151,16 @@ def near_labels(run: Run, measured: Measured, nearest: list[dict[str, Any]]) -> 
             near = by_label.setdefault(row["label"], {}).setdefault(row["view"], [])
             near.append(f"{row['nearest']} {row['value']:.2f}")
     differ = {row["label"] for row in nearest if row["disagree"]}
-    yes, chosen = (measured.truth == 1).float(), measured.decisions.float()
-    wrong = (yes.T @ (chosen * (measured.truth == 0))).fill_diagonal_(0)
+    yes = measured.truth == 1
     shown = yes.sum(0).argsort(descending=True, stable=True)[:MOST_ROWS].tolist()
+    wrong = _together(yes[:, shown], measured.decisions & (measured.truth == 0))
     body = []
-    for i in shown:
+    for place, i in enumerate(shown):
         found = by_label.get(names[i], {})
         cells = [row_head(esc(names[i]))]
         cells += [text_cell(", ".join(found.get(view, [])) or "–") for view in views]
-        top = wrong[i].argsort(descending=True, stable=True)[:NEAREST].tolist()
-        given = [f"{names[j]} {wrong[i, j]:.0f}" for j in top if wrong[i, j] > 0]
+        top = wrong[place].argsort(descending=True, stable=True)[:NEAREST].tolist()
+        given = [f"{names[j]} {wrong[place, j]:.0f}" for j in top if wrong[place, j] > 0]
         cells.append(text_cell(", ".join(given) or "–"))
         if differ:
             cells.append(text_cell("differ" if names[i] in differ else ""))

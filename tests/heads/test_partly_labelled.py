@@ -245,7 +245,7 @@ def test_a_report_counts_known_labels(make_store, make_run) -> None:
     once = counted(found, "multilabel", np.ones((1, len(found)), np.int32))
     for name in ("micro_f1", "macro_f1", "samples_f1", "subset_accuracy"):
         assert float(once[name][0]) == pytest.approx(found.metrics[name]), name
-    shares_, _ = mixups.mix_ups(found)
+    shares_ = mixups.mix_ups(found, list(range(found.truth.shape[1])))
     chosen = found.decisions.numpy()
     for i, j in ((0, 1), (2, 0)):
         there = (truth[:, i] == 1) & (truth[:, j] == 0)

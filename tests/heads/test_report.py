@@ -37,7 +37,7 @@ from mmc.heads.report.measured import (
     measure,
     reliability,
 )
-from mmc.heads.report.mixups import mix_ups
+from mmc.heads.report.mixups import mistakes, mix_ups
 from mmc.heads.report.origin import changed, commands
 from mmc.heads.report.page import trained_store, write_report
 from mmc.store.errors import InputError, MmcError
@@ -200,12 +200,21 @@ def test_mix_ups_count_samples_that_lack_the_label():
     truth = torch.tensor([[1, 0], [1, 0], [1, 1], [0, 1]], dtype=torch.int8)
     chosen = torch.tensor([[1, 1], [0, 0], [1, 1], [0, 0]], dtype=torch.bool)
     base = answers("multilabel", n=4, c=2)
-    shares, wrong = mix_ups(
-        Measured(**{**vars(base), "truth": truth, "decisions": chosen})  # type: ignore[arg-type]
-    )
+    measured = Measured(**{**vars(base), "truth": truth, "decisions": chosen})  # type: ignore[arg-type]
+    shares = mix_ups(measured, [0, 1])
     # Two have the first and lack the second: one was given it. Of three with the first, two found.
     np.testing.assert_allclose(shares, [[2 / 3, 1 / 2], [0, 1 / 2]])
-    np.testing.assert_allclose(wrong, [[0, 1], [0, 0]])
+    np.testing.assert_allclose(mix_ups(measured, [1]), [[1 / 2]])
+    assert mistakes(measured).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("task", ["multilabel", "multiclass"])
+def test_the_labels_with_the_most_mistakes_are_found_without_their_table(task, monkeypatch):
+    monkeypatch.setattr("mmc.heads.report.mixups.BLOCK_ENTRIES", 100)
+    measured = answers(task, n=150, c=9)
+    yes, wrong = measured.truth == 1, measured.decisions & (measured.truth == 0)
+    table = yes.double().T @ wrong.double()
+    assert torch.equal(mistakes(measured), table.sum(0) + table.sum(1))
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.93, 0.951), (0.5, 48.5), (-3, 1e6)])
