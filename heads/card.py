@@ -191,27 +191,35 @@ def _per_label(run: "Run") -> str:
 def _confusion(run: "Run") -> str:
     """What is taken for what, of a task with one label per sample."""
     split = "test" if "test" in run.metrics else "val"
-    table = run.metrics.get(split, {}).get("confusion")
-    if not table:
+    found = run.metrics.get(split, {})
+    table, largest = found.get("confusion"), found.get("largest_confusions")
+    if not table and not largest:
         return ""
     labels = run.label_set
     title = f"### What is taken for what on `{split}`"
-    if len(labels) <= CONFUSION_LABELS:
+    if table and len(labels) <= CONFUSION_LABELS:
         rows = [(name, *map(str, counts)) for name, counts in zip(labels, table, strict=True)]
         header = ("true, predicted as →", *labels)
         return f"{title}\n\nSamples by true and predicted class.\n\n{_table(header, rows)}"
-    pairs = [
-        (count, sum(counts), true, predicted)
-        for true, counts in enumerate(table)
-        for predicted, count in enumerate(counts)
-        if count and true != predicted
-    ]
+    if table:
+        pairs = [
+            (labels[true], labels[predicted], count, sum(counts))
+            for true, counts in enumerate(table)
+            for predicted, count in enumerate(counts)
+            if count and true != predicted
+        ]
+        pairs.sort(key=lambda pair: -pair[2])
+    else:
+        total = dict(zip(labels, found["per_label"]["positives"], strict=True))
+        pairs = [
+            (true, predicted, count, total[true])
+            for true, predicted, count in zip(*largest.values(), strict=True)
+        ]
     if not pairs:
         return ""
-    pairs.sort(key=lambda pair: (-pair[0], *pair[1:]))
     rows = [
-        (labels[true], labels[predicted], str(count), f"{count / total:.0%}")
-        for count, total, true, predicted in pairs[:SHOWN]
+        (true, predicted, str(count), f"{count / of:.0%}")
+        for true, predicted, count, of in pairs[:SHOWN]
     ]
     header = ("true", "predicted", "samples", "of the true class")
     return f"{title}\n\nThe most frequent confusions.\n\n{_table(header, rows)}"

@@ -10,7 +10,7 @@ Targets: multilabel int (N, C) in {-1, 0, 1}; binary and multiclass int64 (N,) c
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,10 @@ from mmc.store.errors import InputError, MmcError
 
 # The metric that early stopping and comparisons use when none is named.
 HEADLINE = {"multilabel": "mAP", "binary": "auroc", "multiclass": "macro_f1"}
+CONFUSION_CLASSES = 200
+"""Up to so many classes their whole table of confusions is given: of 3,000 it takes 100 MB of
+JSON. Of more the largest `MOST_CONFUSIONS`."""
+MOST_CONFUSIONS = 1000
 METRICS = {
     "multilabel": ("mAP", "micro_f1", "macro_f1", "samples_f1"),
     "binary": ("auroc", "ap", "accuracy", "macro_f1", "f1"),
@@ -64,8 +68,8 @@ def score(logits: Tensor, targets: Tensor, task: str, metric: str | None = None)
         return float(getattr(ranking, metric))
     thresholds = Thresholds.default(task, logits.shape[1])
     predicted = decide(probabilities(logits, task), task, thresholds).int().argmax(1)
-    table = confusion_matrix(predicted, targets, logits.shape[1])
-    return _from_confusion(table, binary=task == "binary")[metric]
+    counts = _Counts.of(predicted, targets, logits.shape[1])
+    return _from_counts(counts, binary=task == "binary")[metric]
 
 
 def evaluate(
@@ -255,7 +259,7 @@ def _binary(
     ranking = _binary_ranking(logits, targets)
     p = probabilities(logits, "binary", temperature)
     chosen = decide(p, "binary", thresholds)[:, 1]
-    table = confusion_matrix(chosen, targets, 2)
+    counts = _Counts.of(chosen, targets, 2)
     margin = logits[:, 1].double() - logits[:, 0].double()
     return {
         "labels": 2,
@@ -264,11 +268,11 @@ def _binary(
         "auroc": float(ranking.auroc),
         "auroc_interval": list(auroc_interval(margin, targets, seed=seed)),
         "ap": float(ranking.ap),
-        **_from_confusion(table, binary=True),
+        **_from_counts(counts, binary=True),
         **calibration(logits, targets, "binary", temperature),
         "threshold": thresholds.values[0],
-        "confusion": table.tolist(),
-        "per_label": _class_table(table, label_set),
+        **_confusions(chosen, targets, label_set),
+        "per_label": _class_table(counts, label_set),
     }
 
 
@@ -277,7 +281,7 @@ def _multiclass(
 ) -> dict[str, Any]:
     num_classes = len(label_set)
     predicted = probabilities(logits, "multiclass", temperature).argmax(1)
-    table = confusion_matrix(predicted, targets, num_classes)
+    counts = _Counts.of(predicted, targets, num_classes)
     k = min(5, num_classes)
     truth = torch.nn.functional.one_hot(targets.long(), num_classes)
     # Log-probabilities: those of a confident model do not tie.
@@ -285,23 +289,60 @@ def _multiclass(
     in_top = (logits.topk(k, dim=1).indices == targets[:, None]).any(1)
     return {
         "labels": num_classes,
-        **_from_confusion(table, binary=False),
+        **_from_counts(counts, binary=False),
         "top5_accuracy": mean(in_top.double()) if num_classes > 5 else None,
         "mAP": mean(ranking.ap),
         "auroc_macro": mean(ranking.auroc),
         **calibration(logits, targets, "multiclass", temperature),
-        "confusion": table.tolist(),
-        "per_label": _class_table(table, label_set)
+        **_confusions(predicted, targets, label_set),
+        "per_label": _class_table(counts, label_set)
         | {"ap": ranking.ap.tolist(), "auroc": ranking.auroc.tolist()},
     }
 
 
-def _from_confusion(table: Tensor, *, binary: bool) -> dict[str, float]:
-    """Accuracy, F1 and balanced accuracy from counts (C, C).
+class _Counts(NamedTuple):
+    """Of every class how many rows are right, have it and were given it: float64 (C,) each."""
+
+    tp: Tensor
+    true: Tensor
+    predicted: Tensor
+
+    @classmethod
+    def of(cls, predicted: Tensor, targets: Tensor, num_classes: int) -> "_Counts":
+        """Counts of class indices (N,)."""
+        predicted, targets = predicted.long(), targets.long()
+        right = targets[predicted == targets]
+        found = (torch.bincount(x, minlength=num_classes) for x in (right, targets, predicted))
+        return cls(*(x.double() for x in found))
+
+
+def _confusions(
+    predicted: Tensor, targets: Tensor, label_set: Sequence[str]
+) -> dict[str, list[Any] | dict[str, list[Any]]]:
+    """``confusion``, the counts of `confusion_matrix`; of many classes ``largest_confusions``:
+    columns true, predicted and samples, the most frequent first."""
+    size = len(label_set)
+    if size <= CONFUSION_CLASSES:
+        return {"confusion": confusion_matrix(predicted, targets, size).tolist()}
+    wrong = predicted.long() != targets.long()
+    pairs = targets.long()[wrong] * size + predicted.long()[wrong]
+    places, counts = torch.unique(pairs, return_counts=True)  # ascending: ties in a fixed order
+    order = counts.argsort(descending=True, stable=True)[:MOST_CONFUSIONS]
+    places = places[order]
+    table = {
+        "true": [label_set[i] for i in (places // size).tolist()],
+        "predicted": [label_set[i] for i in (places % size).tolist()],
+        "samples": counts[order].tolist(),
+    }
+    return {"largest_confusions": table}
+
+
+def _from_counts(counts: _Counts, *, binary: bool) -> dict[str, float]:
+    """Accuracy, F1 and balanced accuracy.
 
     The averages run over classes that occur in the truth or, for F1, among the predictions.
     """
-    tp, true, predicted = (x.double() for x in (table.diagonal(), table.sum(1), table.sum(0)))
+    tp, true, predicted = counts
     f1 = 2 * tp / (true + predicted).clamp(min=1)
     total = float(true.sum())
     result = {
@@ -318,9 +359,9 @@ def _from_confusion(table: Tensor, *, binary: bool) -> dict[str, float]:
     return result
 
 
-def _class_table(table: Tensor, label_set: Sequence[str]) -> dict[str, list[Any]]:
+def _class_table(counts: _Counts, label_set: Sequence[str]) -> dict[str, list[Any]]:
     """Columns with one value per class, in the label set's order."""
-    tp, true, predicted = (x.double() for x in (table.diagonal(), table.sum(1), table.sum(0)))
+    tp, true, predicted = counts
     return {
         "label": list(label_set),
         "positives": [int(x) for x in true],

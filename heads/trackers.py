@@ -239,6 +239,10 @@ class Trackers:
                     for name, counts in zip(names, found["confusion"], strict=True)
                 ]
                 self._each("table", f"confusion_{split}", [["true / predicted", *names], *rows])
+            if "largest_confusions" in found:
+                pairs = found["largest_confusions"]
+                rows = [[*map(str, row)] for row in zip(*pairs.values(), strict=True)]
+                self._each("table", f"largest_confusions_{split}", [[*pairs], *rows])
 
     def end(self, ok: bool) -> None:
         """Close them all."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mmc.heads.artifact import Run
+from mmc.heads.card import render
 from mmc.heads.evaluate import evaluate
 from mmc.heads.predict import logits
 from mmc.heads.runfiles import check_output, read_history
@@ -329,16 +330,18 @@ def test_the_card_shows_what_is_taken_for_what(
 
 
 def test_of_many_classes_the_largest_confusions_are_shown(
-    make_store: MakeStore, make_run: MakeRun, tmp_path: Path
+    make_store: MakeStore, make_run: MakeRun
 ) -> None:
     run = make_run(make_store("multiclass"))
     run.label_set = tuple(f"c{i}" for i in range(21))
     table = np.diag(np.full(21, 8))
     table[4, 7], table[20, 0] = 2, 24
-    per_label = {"label": list(run.label_set), "positives": [8] * 21, "f1": [0.5] * 21}
-    run.metrics["val"] = {"samples": 194, "confusion": table.tolist(), "per_label": per_label}
-    run.save(tmp_path / "run")
-    card = (tmp_path / "run" / "README.md").read_text()
-    part = card.split("### What is taken for what on `val`")[1].split("\n## ")[0]
-    assert "| c20 | c0 | 24 | 75% |\n| c4 | c7 | 2 | 20% |" in part
-    assert part.count("\n|") == 4
+    positives = table.sum(1).tolist()
+    per_label = {"label": list(run.label_set), "positives": positives, "f1": [0.5] * 21}
+    largest = {"true": ["c20", "c4"], "predicted": ["c0", "c7"], "samples": [24, 2]}
+    for given in ({"confusion": table.tolist()}, {"largest_confusions": largest}):
+        run.metrics["val"] = {"samples": 194, **given, "per_label": per_label}
+        card = render(run)
+        part = card.split("### What is taken for what on `val`")[1].split("\n## ")[0]
+        assert "| c20 | c0 | 24 | 75% |\n| c4 | c7 | 2 | 20% |" in part
+        assert part.count("\n|") == 4

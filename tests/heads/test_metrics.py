@@ -310,6 +310,27 @@ def test_multiclass_equals_scikit_learn() -> None:
     assert found["confusion"] == reference.confusion_matrix(y, chosen, labels=range(7)).tolist()
 
 
+def test_of_many_classes_the_largest_confusions_are_given() -> None:
+    generator = torch.Generator().manual_seed(3)
+    c, n = 210, 4000
+    targets = torch.randint(c, (n,), generator=generator)
+    logits = torch.randn(n, c, generator=generator)
+    logits[torch.arange(n), targets] += 3
+    logits[targets == 7, 9] += 9
+    place = {name: i for i, name in enumerate(names(c))}
+    found = evaluate(logits, targets, "multiclass")
+    assert "confusion" not in found
+    table = reference.confusion_matrix(targets, logits.argmax(1), labels=range(c))
+    pairs = list(zip(*found["largest_confusions"].values(), strict=True))
+    assert pairs[0] == (names(c)[7], names(c)[9], table[7, 9])
+    assert all(table[place[a], place[b]] == count for a, b, count in pairs)
+    np.fill_diagonal(table, 0)
+    assert [count for *_, count in pairs] == sorted(table.ravel().tolist())[::-1][:1000]
+    assert len(json.dumps(found)) < 200_000
+    few = evaluate(logits[:, :200], targets.clamp(max=199), "multiclass")
+    assert np.shape(few["confusion"]) == (200, 200)
+
+
 @pytest.mark.parametrize("task", ["multilabel", "binary", "multiclass"])
 def test_score_agrees_with_evaluate(task: str) -> None:
     generator = torch.Generator().manual_seed(6)
