@@ -192,7 +192,7 @@ def _confusion(run: "Run") -> str:
     """What is taken for what, of a task with one label per sample."""
     split = "test" if "test" in run.metrics else "val"
     found = run.metrics.get(split, {})
-    table, largest = found.get("confusion"), found.get("largest_confusions")
+    table, largest = found.get("confusion", []), found.get("largest_confusions", {})
     if not table and not largest:
         return ""
     labels = run.label_set

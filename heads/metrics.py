@@ -68,8 +68,8 @@ def score(logits: Tensor, targets: Tensor, task: str, metric: str | None = None)
         return float(getattr(ranking, metric))
     thresholds = Thresholds.default(task, logits.shape[1])
     predicted = decide(probabilities(logits, task), task, thresholds).int().argmax(1)
-    counts = _Counts.of(predicted, targets, logits.shape[1])
-    return _from_counts(counts, binary=task == "binary")[metric]
+    by_class = _Counts.of(predicted, targets, logits.shape[1])
+    return _from_counts(by_class, binary=task == "binary")[metric]
 
 
 def evaluate(
