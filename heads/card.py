@@ -208,7 +208,7 @@ def _confusion(run: "Run") -> str:
             for predicted, count in enumerate(counts)
             if count and true != predicted
         ]
-        pairs.sort(key=lambda pair: -pair[2])
+        pairs.sort(key=lambda pair: (-pair[2], pair[3]))
     else:
         total = dict(zip(labels, found["per_label"]["positives"], strict=True))
         pairs = [

@@ -276,7 +276,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):
             raise InputError(
                 f"{store.path} has no labelled test or val samples, and on those that it was "
                 "fitted on a classifier looks better than it is; to score some all the same, give "
-                "their rows: score(store, rows=store.rows(labelled=True))"
+                f"their rows: score(store, rows=store.rows(features={read}, labelled=True))"
             )
         warnings.warn(
             f"{store.path} has no labelled test samples: scored on its {len(rows):,} val samples, "
