@@ -262,7 +262,8 @@ def _clear(parent: Path, name: str) -> None:
     for left in parent.iterdir():
         ours = left.name.startswith(name) and left.name.endswith(PARTIAL)
         if ours and (left / LOCK).exists():
-            with suppress(Timeout), FileLock(left / LOCK, timeout=0):
+            # It is held (a Timeout), or not ours to remove.
+            with suppress(Timeout, OSError), FileLock(left / LOCK, timeout=0):
                 shutil.rmtree(left, ignore_errors=True)
 
 
