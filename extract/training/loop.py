@@ -27,6 +27,8 @@ Progress = Callable[[str, int, int], None]
 
 _SAID = 5
 _TIE = 1e-9
+_SHARES = {"retrieval", "zero_shot"}
+"""Metrics that are shares of val."""
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -95,9 +97,13 @@ class Position:
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
 
-    def improves(self, score: float, loss: float) -> bool:
-        """Whether an epoch is the best one so far; the loss breaks ties."""
-        if abs(score - self.best_score) <= _TIE:
+    def improves(self, score: float, loss: float, noise: float = 0.0) -> bool:
+        """Whether an epoch is the best one so far; the loss decides among those of one score.
+
+        Args:
+            noise: scores that differ by no more count as one.
+        """
+        if abs(score - self.best_score) <= max(noise, _TIE):
             return loss < self.best_loss
         return score > self.best_score
 
@@ -159,6 +165,19 @@ class Training(ABC):
         """What decides which epoch is the best; larger is better."""
         return measured[self.job.config.optim.metric]
 
+    def noise(self, measured: dict[str, float]) -> float:
+        """Standard error of a score that is a share of the samples of val, of others 0.
+
+        With a few hundred samples the best recall of many epochs is a stroke of luck, and often of
+        an epoch that has begun to learn by heart (the rule of one standard error, Breiman et al.
+        1984, with the loss for what is simpler).
+        """
+        metric = self.job.config.optim.metric
+        if metric not in _SHARES:
+            return 0.0
+        share = measured[metric]
+        return math.sqrt(share * (1 - share) / len(self.job.val))
+
     def more(self) -> dict[str, float]:
         """More for a row of the history."""
         return {}
@@ -203,7 +222,7 @@ class Training(ABC):
             self.at.epoch += 1
             measured = self.measure()
             score = self.score(measured)
-            if self.at.improves(score, measured["loss"]):
+            if self.at.improves(score, measured["loss"], self.noise(measured)):
                 self.at.best_score, self.at.best_loss = score, measured["loss"]
                 self.at.best_epoch = self.at.epoch
                 self.keep()

@@ -54,8 +54,8 @@ class OptimConfig(training.OptimConfig):
 
     metric: Metric = "retrieval"
     """What decides which epoch is kept: retrieval (the mean of R@1, R@5 and R@10, both ways),
-    zero_shot (the label texts, by accuracy) or head (with --head: mAP, AUROC or macro-F1); the
-    validation loss breaks ties."""
+    zero_shot (the label texts, by accuracy) or head (with --head: mAP, AUROC or macro-F1); of
+    epochs within a standard error (retrieval, zero_shot) that of the lowest validation loss."""
     head_weight: float = 1.0
     """Weight of the head's loss beside the contrastive one."""
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import socket
 import subprocess
@@ -25,7 +26,7 @@ from mmc.extract.options import ExtractConfig
 from mmc.extract.pipeline import extract
 from mmc.extract.sources import SourceOptions
 from mmc.extract.training.data import Sampler, read_pairs
-from mmc.extract.training.loop import silent
+from mmc.extract.training.loop import Position, silent
 from mmc.extract.training.measure import retrieval, zero_shot
 from mmc.extract.tuning.options import LoraConfig, OptimConfig, TuneConfig, TuneReport, groups
 from mmc.extract.tuning.tune import tune
@@ -161,10 +162,25 @@ def test_a_domain_that_the_backbone_does_not_know(table: Path, clip: str, tmp_pa
     with (tmp_path / "out" / "history.csv").open(encoding="utf-8") as file:
         history = list(csv.DictReader(file))
     assert [int(row["epoch"]) for row in history] == list(range(26))
-    best = max(history[1:], key=lambda row: (float(row["val_retrieval"]), -float(row["val_loss"])))
+    best = history[1]
+    for row in history[2:]:
+        share, loss = float(row["val_retrieval"]), float(row["val_loss"])
+        noise = math.sqrt(share * (1 - share) / report.val)
+        gain = share - float(best["val_retrieval"])
+        if gain > noise or (abs(gain) <= noise and loss < float(best["val_loss"])):
+            best = row
     assert int(best["epoch"]) == report.best_epoch == record["best_epoch"]
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors", "tune.json", "history.csv"}
+
+
+def test_a_recall_that_is_better_by_luck_does_not_replace_an_epoch_of_lower_loss():
+    at = Position(best_score=0.0144, best_loss=4.76)
+    assert not at.improves(0.0152, 5.79, noise=0.0044)
+    assert at.improves(0.0139, 4.70, noise=0.0044)
+    assert at.improves(0.0300, 5.79, noise=0.0061)
+    assert not at.improves(0.0050, 4.70, noise=0.0025)
+    assert Position().improves(0.0, 9.0, noise=0.1)
 
 
 @pytest.mark.parametrize("build", [tiny_hf_clip, tiny_open_clip])
