@@ -23,6 +23,8 @@ class Brief:
     nearest: list[dict[str, Any]]
     without: str = ""
     """Why there are none, where nothing can be compared."""
+    left_out: str = ""
+    """Which samples were not compared; empty: none were left out."""
 
 
 def brief(
@@ -49,4 +51,4 @@ def brief(
             view=view,
         )
     near = nearest.nearest_labels(material, nearest.label_views(material, progress))
-    return Brief(suspects=found, nearest=near)
+    return Brief(suspects=found, nearest=near, left_out=material.left_out)

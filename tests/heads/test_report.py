@@ -339,14 +339,17 @@ def test_suspects_that_are_not_worth_a_look_are_not_shown(make_store):
     }
 
     def shown(*scores: float) -> str:
-        found = Brief(suspects=[{**row, "score": score} for score in scores], nearest=[])
+        doubted = [{**row, "score": score} for score in scores]
+        found = Brief(suspects=doubted, nearest=[], left_out="2 samples are left out")
         return samples.suspects(found, samples.album(store, None))
 
     assert shown(0.3, 0.1, 0.02).count("remove bus?") == 2
+    assert "Warning: 2 samples are left out." in shown(0.3)
     none = shown(0.03, 0.02)
     assert "remove bus?" not in none
     assert "None is worth a look" in none
     assert "a score of 0.03" in none
+    assert "Warning: 2 samples are left out." in none
 
 
 def test_a_run_that_nothing_can_be_compared_by_is_reported(
