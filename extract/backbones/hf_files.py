@@ -106,12 +106,7 @@ def load_tokenizer(files: Files) -> Any:
         return transformers.AutoTokenizer.from_pretrained(files.source)
 
 
-def load_model(
-    files: Files,
-    kind: Any = transformers.AutoModel,
-    drawn: tuple[str, ...] = (),
-    **arguments: Any,
-) -> Any:
+def load_model(files: Files, kind: Any = transformers.AutoModel) -> Any:
     """The model in float32 on the CPU, every weight of it from the files.
 
     A pooler on top of an encoder is dropped: nothing here uses it, and where a checkpoint has none
@@ -120,12 +115,29 @@ def load_model(
     Args:
         files: where the weights are.
         kind: the class of transformers; the bare model when not given.
-        drawn: how names of weights begin that may be missing, for a model that is to be trained:
-            they are drawn at random then. A pooler stays if it is among them.
-        arguments: more for the class.
 
     Raises:
         InputError: weights are missing or do not fit.
+    """
+    model, _ = load_partly(files, kind, ("pooler.",))
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    return model
+
+
+def load_partly(
+    files: Files, kind: Any, parts: tuple[str, ...], **arguments: Any
+) -> tuple[Any, tuple[str, ...]]:
+    """A model in float32 on the CPU, and those of ``parts`` that the files lack: they are drawn.
+
+    Args:
+        files: where the weights are.
+        kind: the class of transformers.
+        parts: how names of weights begin that may be missing.
+        arguments: more for the class.
+
+    Raises:
+        InputError: other weights are missing, or some do not fit.
     """
     with _explained(files, "the weights"), quiet():
         model, report = kind.from_pretrained(
@@ -139,17 +151,15 @@ def load_model(
         f"{key} is {list(found)}, the model has {list(wanted)}"
         for key, found, wanted in sorted(report["mismatched_keys"])
     ]
-    spare = ("pooler.", *drawn)
-    missing = [key for key in sorted(report["missing_keys"]) if not key.startswith(spare)]
-    faults += [f"{key} is missing" for key in missing]
+    missing = sorted(report["missing_keys"])
+    faults += [f"{key} is missing" for key in missing if not key.startswith(parts)]
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise InputError(
             f"hf:{files.name}: the weights do not fit the model: {'; '.join(faults[:3])}{more}"
         )
-    if getattr(model, "pooler", None) is not None and "pooler." not in drawn:
-        model.pooler = None
-    return model
+    lacking = tuple(part for part in parts if any(key.startswith(part) for key in missing))
+    return model, lacking
 
 
 @contextmanager

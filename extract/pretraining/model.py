@@ -7,6 +7,7 @@ contrastive loss joins them.
 """
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,26 +17,36 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertPooler
 
-from mmc.extract.backbones import parse_spec
-from mmc.extract.backbones.hf_files import Files, load_config, load_model, load_processor, quiet
+from mmc.extract.backbones.hf_files import quiet
 from mmc.extract.backbones.hf_text import real_tokens
-from mmc.extract.pretraining.options import PretrainConfig, TextConfig, VisionConfig
+from mmc.extract.pretraining.options import LossConfig, PretrainConfig
+from mmc.extract.pretraining.starting import Start
 from mmc.extract.training.blocks import checkpoint_blocks
 from mmc.extract.training.contrast import LARGEST_SCALE
-from mmc.store.errors import InputError
 
 _STD = 0.02
+_TEMPERATURE = 0.07
+_SHARED = (
+    "dual.visual_projection.",
+    "dual.text_projection.",
+    "dual.logit_scale",
+    "dual.vision_model.pooler.",
+    "dual.text_model.pooler.",
+)
+"""What only the contrastive loss looks at."""
 _UNDECAYED = ("position_embeddings", "token_type_embeddings", "cls_token", "mask_token")
 
 
 class PairModel(nn.Module):
     """transformers' VisionTextDualEncoder of a ViT and a BERT, with their decoders."""
 
-    def __init__(self, vision: Any, language: Any, config: PretrainConfig) -> None:
+    def __init__(self, vision: Any, language: Any, projection: int, loss: LossConfig) -> None:
         """
         Args:
             vision: a ViTModel with a mask token and a pooler.
             language: a BertForMaskedLM.
+            projection: D.
+            loss: what is minimised: of its temperature, and of whether that is trained.
         """
         super().__init__()
         text = language.bert
@@ -46,8 +57,8 @@ class PairModel(nn.Module):
         both = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
             vision.config,
             text.config,
-            projection_dim=config.projection,
-            logit_scale_init_value=-float(torch.tensor(config.loss.temperature).log()),
+            projection_dim=projection,
+            logit_scale_init_value=-math.log(loss.temperature or _TEMPERATURE),
         )
         self.dual = transformers.VisionTextDualEncoderModel(
             config=both, vision_model=vision, text_model=text
@@ -55,7 +66,7 @@ class PairModel(nn.Module):
         for layer in (self.dual.visual_projection, self.dual.text_projection):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
         nn.init.trunc_normal_(vision.embeddings.mask_token, std=_STD)
-        self.dual.logit_scale.requires_grad_(config.loss.learn_temperature)
+        self.dual.logit_scale.requires_grad_(loss.learn_temperature)
         embeddings = vision.embeddings.patch_embeddings
         self.patch: tuple[int, int] = tuple(embeddings.patch_size)
         high, wide = embeddings.image_size
@@ -111,6 +122,21 @@ class PairModel(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.copy_(state[name])
 
+    def freeze(self, loss: LossConfig) -> None:
+        """Leave out of training what no loss looks at: weight decay alone would change it."""
+        masked = loss.contrastive and loss.views == "masked"
+        idle = [
+            *(() if loss.contrastive else _SHARED),
+            *(() if loss.image else ("pixels.",)),
+            *(() if loss.image or masked else ("dual.vision_model.embeddings.mask_token",)),
+            *(() if loss.text else ("words.",)),
+            *(() if loss.contrastive or loss.image else ("dual.vision_model.",)),
+            *(() if loss.contrastive or loss.text else ("dual.text_model.",)),
+        ]
+        for name, parameter in self.named_parameters():
+            if name.startswith(tuple(idle)):
+                parameter.requires_grad_(False)
+
     def undecayed(self) -> Iterator[nn.Parameter]:
         """What has several dimensions and is no matrix: positions, class and mask token."""
         for name, parameter in self.named_parameters():
@@ -129,92 +155,30 @@ class PairModel(nn.Module):
         return plain.eval()
 
 
-def build(config: PretrainConfig, vocabulary: int, padding: int) -> tuple[PairModel, Any]:
-    """The model before its first step, in float32 on the CPU, and its image processor.
+def build(config: PretrainConfig, start: Start) -> PairModel:
+    """The model before its first step, in float32 on the CPU.
 
     Random numbers are torch's own.
 
     Args:
         config: of the pretraining.
-        vocabulary: tokens of the text tower.
-        padding: id of the padding token.
-
-    Raises:
-        InputError: weights that cannot be loaded or are of another kind.
+        start: what it begins with.
     """
-    vision, processor = _vision(config.vision)
-    language = _language(config.text, vocabulary, padding)
+    vision = transformers.ViTModel(start.vision, use_mask_token=True)
+    language: Any = transformers.BertForMaskedLM(start.text)
+    if config.text.weights is None:
+        with torch.no_grad():  # a norm follows; the decoder, tied to them, has to begin small
+            for embeddings in language.bert.embeddings.children():
+                if isinstance(embeddings, nn.Embedding):
+                    embeddings.weight.mul_(_STD / start.text.initializer_range)
     for tower, group in ((vision, config.vision), (language, config.text)):
         _set_dropout(tower, group.dropout)
-    return PairModel(vision, language, config), processor
-
-
-def _vision(config: VisionConfig) -> tuple[Any, Any]:
-    if config.weights is not None:
-        files = _files(config.weights, "vision.weights", "vit")
-        drawn = ("pooler.", "embeddings.mask_token")
-        processor = load_processor(files)
-        found = load_model(files, transformers.ViTModel, drawn, use_mask_token=True)
-        return found, processor
-    sizes = config.sizes
-    side = {"height": sizes["image_size"], "width": sizes["image_size"]}
-    processor = transformers.ViTImageProcessor(size=side, resample=3)
-    made = transformers.ViTConfig(
-        image_size=sizes["image_size"], patch_size=sizes["patch_size"], **_sizes(sizes)
-    )
-    return transformers.ViTModel(made, use_mask_token=True), processor
-
-
-def _language(config: TextConfig, vocabulary: int, padding: int) -> Any:
-    if config.weights is not None:
-        files = _files(config.weights, "text.weights", "bert")
-        found: Any = load_model(files, transformers.BertForMaskedLM, ("cls.",))
-        context = found.config.max_position_embeddings
-        if config.tokens > context:
-            raise InputError(
-                f"text.tokens={config.tokens} is more than the {context} that {config.weights} "
-                "takes"
-            )
-        if vocabulary > found.config.vocab_size:
-            raise InputError(
-                f"{config.weights} has {found.config.vocab_size:,} tokens, its tokenizer "
-                f"{vocabulary:,}"
-            )
-        return found
-    made = transformers.BertConfig(
-        vocab_size=vocabulary,
-        max_position_embeddings=config.tokens,
-        pad_token_id=padding,
-        **_sizes(config.sizes),
-    )
-    found = transformers.BertForMaskedLM(made)
-    with torch.no_grad():  # a norm follows; the decoder, which is tied to them, has to begin small
-        for embeddings in found.bert.embeddings.children():
-            if isinstance(embeddings, nn.Embedding):
-                embeddings.weight.mul_(_STD / made.initializer_range)
-    return found
-
-
-def _sizes(sizes: dict[str, int]) -> dict[str, Any]:
-    return {
-        # As CLIP's towers begin. With the 0.02 of towers 768 wide, narrow ones hardly mix their
-        # tokens: all texts then have one feature, and the contrastive loss stays where it is.
-        "initializer_range": sizes["width"] ** -0.5,
-        "hidden_size": sizes["width"],
-        "num_hidden_layers": sizes["layers"],
-        "num_attention_heads": sizes["heads"],
-        "intermediate_size": sizes["mlp"],
-    }
-
-
-def _files(spec: str, setting: str, kind: str) -> Files:
-    """The files of a tower's weights, which are of a kind that can be pretrained."""
-    files = Files(parse_spec(spec).name)
-    found = load_config(files).model_type
-    if found != kind:
-        what = {"vit": "a ViT", "bert": "a BERT"}[kind]
-        raise InputError(f"{setting}={spec} is a model of type {found!r}; {what} is needed")
-    return files
+    model = PairModel(vision, language, start.projection, config.loss)
+    drawn = model.state()
+    assert start.state.keys() <= drawn.keys()
+    model.load(drawn | start.state)
+    model.freeze(config.loss)
+    return model
 
 
 def _set_dropout(tower: nn.Module, rate: float) -> None:

@@ -21,8 +21,8 @@ class VisionConfig:
     """The image tower, a ViT."""
 
     weights: str | None = None
-    """Begin with this ViT, hf:NAME or hf:FOLDER; its sizes and its preprocessing are then its own.
-    Default: begin with nothing, with the sizes below."""
+    """Begin with this ViT, hf:NAME or hf:FOLDER, or with that of a pretraining; its sizes and its
+    preprocessing are then its own. Default: begin with nothing, with the sizes below."""
     image_size: int | None = None
     """Height and width of a picture in pixels, to which it is resized; default: 224."""
     patch_size: int | None = None
@@ -57,8 +57,8 @@ class TextConfig:
     """The text tower, a BERT."""
 
     weights: str | None = None
-    """Begin with this BERT, hf:NAME or hf:FOLDER; its sizes and its tokenizer are then its own.
-    Default: begin with nothing, with the sizes below."""
+    """Begin with this BERT, hf:NAME or hf:FOLDER, or with that of a pretraining; its sizes and its
+    tokenizer are then its own. Default: begin with nothing, with the sizes below."""
     tokenizer: str | None = None
     """Tokenizer of a tower that begins with nothing, hf:NAME or hf:FOLDER; default: a WordPiece
     vocabulary made from the texts of train."""
@@ -66,8 +66,8 @@ class TextConfig:
     """Most tokens of a vocabulary that is made; default: 30,000."""
     lower: bool = True
     """Whether a vocabulary that is made is of lower-case letters without accents."""
-    tokens: int = 64
-    """Tokens that a text is cut to."""
+    tokens: int | None = None
+    """Tokens that a text is cut to; default: 64, or fewer where the weights take no more."""
     width: int | None = None
     """Features of a token; default: 384."""
     layers: int | None = None
@@ -87,7 +87,7 @@ class TextConfig:
     def __post_init__(self) -> None:
         _check_tower(self, "text", _TEXT)
         _check_spec("text.tokenizer", self.tokenizer)
-        if self.tokens < 3:
+        if self.tokens is not None and self.tokens < 3:
             raise InputError(f"text.tokens must be 3 or more, got {self.tokens}")
         if self.vocabulary is not None and self.vocabulary < 100:
             raise InputError(f"text.vocabulary must be 100 or more, got {self.vocabulary}")
@@ -142,8 +142,9 @@ class LossConfig:
     views: Views = "clean"
     """What the contrastive loss sees: clean pictures and texts, for which each tower runs a second
     time, or the masked ones."""
-    temperature: float = 0.07
-    """Of the contrastive loss, at first."""
+    temperature: float | None = None
+    """Of the contrastive loss, at first; default: 0.07, or that of the model that both towers
+    begin with."""
     learn_temperature: bool = True
     """Train it, between 0.01 and 1."""
 
@@ -153,7 +154,7 @@ class LossConfig:
         if not any(getattr(self, name) for name in weights):
             raise InputError("loss.contrastive, loss.image and loss.text are all 0")
         check_choices(self, "loss.", {"pixels": get_args(Pixels), "views": get_args(Views)})
-        if not 0.01 <= self.temperature <= 1:
+        if self.temperature is not None and not 0.01 <= self.temperature <= 1:
             raise InputError(f"loss.temperature must be in [0.01, 1], got {self.temperature}")
 
 
@@ -203,8 +204,9 @@ class PretrainConfig:
     """Pairs in a step, of all processes together: each is a negative of all others."""
     lr: float = 5e-4
     """Peak learning rate."""
-    projection: int = 256
-    """Features of the space that pictures and texts share."""
+    projection: int | None = None
+    """Features of the space that pictures and texts share; default: 256, or those of the model
+    that both towers begin with."""
     precision: Literal["bf16", "float32"] | None = None
     """Of the matrix products while training; default: bf16 where the device has units for it.
     Weights and losses are float32 always."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmc.extract.backbones import load_backbone
+from mmc.extract.backbones import load_backbone, parse_spec
 from mmc.extract.backbones.base import versions
 from mmc.extract.backbones.hub import quick_when_offline
 from mmc.extract.pretraining import saving
@@ -41,13 +41,11 @@ from mmc.store.errors import InputError, MmcError
 
 __all__ = ["PretrainConfig", "PretrainReport", "pretrain"]
 
-BEST = "best"
-"""Checkpoint that stays: model with decoders, optimiser, epoch and losses of the epoch kept."""
 _PROBES = 4
 _TOLERANCE = 1e-4
 """Largest difference of features of the saved model, as a share of the largest feature."""
 _NEW = ("mask_token", "pooler.dense.weight", "pooler.dense.bias")
-"""Of a tower that begins with weights, what these need not have."""
+"""Of a tower that begins with weights, what these need not have: it learns as what is new."""
 
 
 def pretrain(
@@ -79,6 +77,9 @@ def pretrain(
     if re.search(r"[\[\]]", str(folder.absolute())):
         raise InputError(f"OUT {folder}: a path with [ or ] cannot stand in a spec as hf:OUT")
     named = (config.vision.weights, config.text.weights, config.text.tokenizer)
+    for spec in filter(None, named):
+        if Path(parse_spec(spec).name).expanduser().resolve() == folder.resolve():
+            raise InputError(f"{folder} is what the pretraining begins with; name another OUT")
     with world(config.device) as processes, ExitStack() as stack:
         for name in filter(None, named):
             stack.enter_context(quick_when_offline(name.removeprefix("hf:")))
@@ -113,7 +114,11 @@ class _Pretraining(Training):
             (model.dual.text_model, config.text),
         ):
             if group.weights is not None:
-                towers += [p for name, p in tower.named_parameters() if not name.endswith(_NEW)]
+                towers += [
+                    parameter
+                    for name, parameter in tower.named_parameters()
+                    if parameter.requires_grad and not name.endswith(_NEW)
+                ]
         begun = {id(parameter) for parameter in towers}
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [
@@ -123,7 +128,7 @@ class _Pretraining(Training):
         super().__init__(setup, make_optimizer(groups, config.optim, model.undecayed()))
         self.job: Setup = setup
         self._trained = trained
-        self._best = Checkpoints(setup.folder, setup.identity(), BEST)
+        self._best = Checkpoints(setup.folder, setup.identity(), saving.BEST)
         self._forward = Forward(setup)
         self._validation = Validation(setup, self._forward)
         self._log: Log = lambda row: None

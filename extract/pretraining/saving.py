@@ -22,6 +22,8 @@ MODEL = (
 """What transformers writes; the last three for some tokenizers only."""
 FILES = (*MODEL, HISTORY, TENSORBOARD, CHECKPOINTS, RECORD)
 """All that a pretraining writes into its folder; the record comes last."""
+BEST = "best"
+"""Checkpoint that stays: model with decoders, optimiser, epoch and losses of the epoch kept."""
 FORMAT = 1
 _BIGGEST = "1000GB"
 

@@ -16,6 +16,7 @@ from mmc.extract.pretraining import words
 from mmc.extract.pretraining.masking import Hidden, PatchMasks, Vocabulary, mask_tokens
 from mmc.extract.pretraining.model import build
 from mmc.extract.pretraining.options import PretrainConfig
+from mmc.extract.pretraining.starting import beginning, context
 from mmc.extract.settings import usable_cores
 from mmc.extract.training.batches import fit_batch, fit_micro_batch, spaced
 from mmc.extract.training.data import Loader, Sampler, read_pairs
@@ -53,14 +54,19 @@ class Setup:
         self.micro_batch = fit_micro_batch(config.optim.micro_batch, self.batch_size, processes)
         self.val = spaced(self.pairs.splits["val"], config.optim.val_samples)
         self.precision = config.precision or default_precision(str(device))
-        self.tokenizer = words.load(config.text, self.texts(self.pairs.splits["train"]))
+        self.context = context(config.text)
+        texts = self.texts(self.pairs.splits["train"])
+        self.tokenizer = words.load(config.text, texts, self.context)
         self.vocabulary = Vocabulary.of(
             self.tokenizer, config.text.weights or config.text.tokenizer or source
         )
         with torch.random.fork_rng([]):
+            start = beginning(config, self.vocabulary.size, self.tokenizer.pad_token_id)
             torch.manual_seed(derived(config.seed, Use.INIT))
-            padding = self.tokenizer.pad_token_id
-            model, self.processor = build(config, self.vocabulary.size, padding)
+            model = build(config, start)
+        for line in start.notes:
+            say(line)
+        self.processor = start.processor
         self._start = weights_sha256(model.state())
         self.model = model.to(device)
         if config.optim.gradient_checkpointing:
@@ -117,7 +123,7 @@ class Setup:
         return transform
 
     def _tokens(self) -> Tokens:
-        rules = TextRules(context=self.config.text.tokens, cut="exact", pooling="model")
+        rules = TextRules(context=self.context, cut="exact", pooling="model")
         return Tokens(self.tokenizer, rules, None)
 
     def identity(self) -> dict[str, Any]:

@@ -21,12 +21,13 @@ _LEAST = 2
 """A piece must occur so often to become a token."""
 
 
-def load(config: TextConfig, texts: Iterable[str]) -> Any:
-    """The tokenizer that a config asks for, of transformers; it cuts at ``config.tokens``.
+def load(config: TextConfig, texts: Iterable[str], tokens: int) -> Any:
+    """The tokenizer that a config asks for, of transformers.
 
     Args:
         config: of the tower.
         texts: what a vocabulary is made from, where one is made.
+        tokens: where it cuts.
 
     Raises:
         InputError: it cannot be loaded, or is not that of the tower's weights.
@@ -42,7 +43,7 @@ def load(config: TextConfig, texts: Iterable[str]) -> Any:
                 f"the vocabulary of {config.tokenizer} ({len(other):,} tokens) is not that of "
                 f"{config.weights} ({len(found):,} tokens); leave out the tokenizer"
             )
-    found.model_max_length = config.tokens
+    found.model_max_length = tokens
     return found
 
 

@@ -73,7 +73,12 @@ def contrastive_step(
     total = value.detach().clone()
     for part in parts:
         features, share = learnt.pop() if learnt else learn(part)
-        outputs, grads = list(features), [gradient[rows][part] for gradient in gradients]
+        ends = [
+            (side, gradient[rows][part])
+            for side, gradient in zip(features, gradients, strict=True)
+            if side.requires_grad  # a tower that nothing trains has no gradient to take back
+        ]
+        outputs, grads = [side for side, _ in ends], [grad for _, grad in ends]
         if share is None:
             torch.autograd.backward(outputs, grads)
             continue

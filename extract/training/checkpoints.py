@@ -54,14 +54,7 @@ class Checkpoints:
         """
         if not self.path.exists():
             return None
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                saved = json.loads(file.metadata()[_RECORD])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise InputError(
-                f"{self.path} is not a checkpoint ({error}); --overwrite starts again"
-            ) from None
+        tensors, saved = read_checkpoint(self.path, "--overwrite starts again")
         changed = differences(saved["identity"], self._identity)
         if changed:
             raise InputError(
@@ -74,6 +67,28 @@ class Checkpoints:
     def remove(self) -> None:
         """Forget it: the training is whole."""
         self.path.unlink(missing_ok=True)
+
+
+def read_checkpoint(
+    path: Path, hint: str, names: tuple[str, ...] = ("",)
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a checkpoint, and its `identity` and `record`.
+
+    Args:
+        path: of the file.
+        hint: what to do where it is damaged.
+        names: how the names of the tensors that are read begin.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            saved: dict[str, Any] = json.loads(file.metadata()[_RECORD])
+            found = [key for key in file.keys() if key.startswith(names)]  # noqa: SIM118
+            return {key: file.get_tensor(key) for key in found}, saved
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is not a checkpoint ({error}); {hint}") from None
 
 
 def part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:

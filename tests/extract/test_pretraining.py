@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import transformers
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_models import tiny_bert, tiny_hf_clip, tiny_vit
+from tiny_models import tiny_bert, tiny_hf_clip, tiny_vision_text, tiny_vit
 
 from mmc.extract.backbones import load_backbone
 from mmc.extract.options import ExtractConfig
@@ -247,6 +248,170 @@ def test_the_best_checkpoint_gives_the_losses_that_were_recorded(table: Path, ma
     assert kept["loss"] == record["after"]["loss"]
     assert any(name.startswith("optim.") for name in names)
     assert not (made / "checkpoints" / "last.safetensors").exists()
+
+
+def onward(made: Path, **settings: Any) -> dict[str, Any]:
+    """Settings of a pretraining that begins with another."""
+    return {
+        "projection": None,
+        "vision": VisionConfig(weights=f"hf:{made}"),
+        "text": TextConfig(weights=f"hf:{made}"),
+        "epochs": 1,
+        **settings,
+    }
+
+
+def first_row(out: Path) -> dict[str, float]:
+    """What was measured before the first step."""
+    with (out / "history.csv").open(encoding="utf-8") as file:
+        row = next(csv.DictReader(file))
+    return {
+        name.removeprefix("val_"): float(value)
+        for name, value in row.items()
+        if name.startswith("val_")
+    }
+
+
+class TestGoingOnFromAPretraining:
+    def test_it_begins_where_the_other_ended(self, table: Path, made: Path, tmp_path: Path):
+        """Decoders and mask token, too: all losses are those of the epoch that was kept."""
+        said: list[str] = []
+        run(table, tmp_path / "out", said=said, **onward(made))
+        kept = json.loads((made / "pretrain.json").read_text(encoding="utf-8"))["after"]
+        assert first_row(tmp_path / "out") == pytest.approx(kept, abs=1e-6)
+        assert any("their shared space and its temperature are of hf:" in line for line in said)
+        assert not any("anew" in line for line in said)
+
+    def test_its_features_are_those_of_the_folder(self, table: Path, made: Path):
+        job = Setup(
+            str(table),
+            Path("x"),
+            config(**onward(made)),
+            World(torch.device("cpu")),
+            lambda line: None,
+        )
+        model = transformers.VisionTextDualEncoderModel.from_pretrained(made).eval()
+        pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        tokens = job.inputs.tokenize(job.texts(job.val[:3]))
+        ids, mask = tokens.cut(), (tokens.cut() != 0).long()
+        with torch.no_grad():
+            wanted = model(input_ids=ids, attention_mask=mask, pixel_values=pixels)
+            image, _ = job.model.eval().image(pixels)
+            text, _ = job.model.text(ids, tokens.lengths)
+        torch.testing.assert_close(image, wanted.image_embeds)
+        torch.testing.assert_close(text, wanted.text_embeds)
+        assert job.model.scale.item() == pytest.approx(model.logit_scale.exp().item())
+        assert job.context == 16  # as many tokens as it was made for
+
+    def test_without_its_checkpoint_only_what_tells_begins_anew(
+        self, table: Path, made: Path, tmp_path: Path
+    ):
+        bare = tmp_path / "bare"
+        shutil.copytree(made, bare, ignore=shutil.ignore_patterns("checkpoints"))
+        said: list[str] = []
+        run(table, tmp_path / "out", said=said, **onward(bare))
+        kept = json.loads((made / "pretrain.json").read_text(encoding="utf-8"))["after"]
+        found = first_row(tmp_path / "out")
+        for name in ("contrastive_loss", "retrieval"):
+            assert found[name] == pytest.approx(kept[name], abs=1e-6)
+        for name in ("image_loss", "text_loss"):
+            assert abs(found[name] - kept[name]) > 1e-3
+        assert sum("begin anew" in line for line in said) == 2
+
+    def test_other_targets_of_patches(self, table: Path, made: Path):
+        said: list[str] = []
+        chosen = config(**onward(made, loss=LossConfig(pixels="mae", temperature=0.5)))
+        job = Setup(str(table), Path("x"), chosen, World(torch.device("cpu")), said.append)
+        assert any("learnt to tell loss.pixels=simmim, not mae" in line for line in said)
+        kept = part(load_file(made / "checkpoints" / "best.safetensors"), "model")
+        state = job.model.state()
+        token = "dual.vision_model.embeddings.mask_token"
+        assert torch.equal(state[token], kept[token])
+        assert not torch.equal(state["pixels.weight"], kept["pixels.weight"])
+        assert job.model.scale.item() == pytest.approx(2)
+
+    def test_one_tower_alone(self, table: Path, made: Path, tmp_path: Path):
+        said: list[str] = []
+        chosen = config(vision=VisionConfig(weights=f"hf:{made}"))
+        job = Setup(str(table), Path("x"), chosen, World(torch.device("cpu")), said.append)
+        kept, state = weights(made), job.model.state()
+        name = "vision_model.layernorm.weight"
+        assert torch.equal(state[f"dual.{name}"], kept[name])
+        name = "visual_projection.weight"
+        assert not torch.equal(state[f"dual.{name}"], kept[name])
+        assert any("the shared space begins anew" in line for line in said)
+
+    @pytest.mark.parametrize(
+        ("settings", "said"),
+        [
+            ({"projection": 8}, "has 16 features; leave projection out"),
+            ({"text": {"tokens": 17}}, "is more than the 16 that"),
+        ],
+    )
+    def test_what_the_folder_decides(
+        self, settings: dict, said: str, table: Path, made: Path, tmp_path: Path
+    ):
+        text = TextConfig(weights=f"hf:{made}", **settings.pop("text", {}))
+        with pytest.raises(InputError, match=said):
+            run(table, tmp_path / "out", **onward(made, text=text, **settings))
+
+    def test_it_does_not_overwrite_what_it_begins_with(self, table: Path, made: Path):
+        before = weights(made)
+        with pytest.raises(InputError, match="is what the pretraining begins with"):
+            run(table, made, **onward(made), overwrite=True)
+        assert weights(made).keys() == before.keys()
+
+    def test_a_damaged_checkpoint(self, table: Path, made: Path, tmp_path: Path):
+        shutil.copytree(made, tmp_path / "bad")
+        (tmp_path / "bad" / "checkpoints" / "best.safetensors").write_bytes(b"no tensors")
+        with pytest.raises(InputError, match=r"is not a checkpoint .*; remove it to begin with"):
+            run(table, tmp_path / "out", **onward(tmp_path / "bad"))
+
+    def test_towers_of_other_kinds(self, table: Path, tmp_path: Path):
+        clip = tiny_vision_text(tmp_path / "clip", vision="clip")
+        with pytest.raises(InputError, match="is a model of type 'clip_vision_model'; a ViT"):
+            run(table, tmp_path / "out", vision=VisionConfig(weights=clip))
+
+
+def test_what_a_tower_pools_is_said(table: Path, tmp_path: Path):
+    """A pooler that is not there, and a model that was made to be pooled otherwise."""
+    vit, bert = tiny_vit(tmp_path / "vit"), tiny_bert(tmp_path / "bert")
+    pooling = tmp_path / "bert" / "1_Pooling"
+    pooling.mkdir()
+    (pooling / "config.json").write_text('{"pooling_mode_mean_tokens": true}', encoding="utf-8")
+    towers = {"vision": VisionConfig(weights=vit), "text": TextConfig(weights=bert)}
+
+    def told(**settings: Any) -> list[str]:
+        said: list[str] = []
+        chosen = config(**towers, **settings)
+        Setup(str(table), Path("x"), chosen, World(torch.device("cpu")), said.append)
+        return [line for line in said if "weights=" in line]
+
+    assert [line.split(" ")[1:4] for line in told()] == [
+        ["has", "no", "pooler"],
+        [f"text.weights={bert}", "was", "made"],
+    ]
+    assert not told(loss=LossConfig(contrastive=0))
+
+
+def test_what_no_loss_looks_at_stays_as_it_is(table: Path, tmp_path: Path):
+    """Weight decay included: with texts alone the other tower keeps its weights."""
+    vit = tiny_vit(tmp_path / "vit")
+    chosen = {
+        "vision": VisionConfig(weights=vit),
+        "loss": LossConfig(contrastive=0, image=0),
+        "optim": OptimConfig(weight_decay=0.5, pretrained=1.0, micro_batch=5),
+        "epochs": 1,
+    }
+    run(table, tmp_path / "out", **chosen)
+    job = Setup(
+        str(table), Path("x"), config(**chosen), World(torch.device("cpu")), lambda line: None
+    )
+    start = job.model.state()
+    end = part(load_file(tmp_path / "out" / "checkpoints" / "best.safetensors"), "model")
+    for name, value in end.items():
+        learnt = name.startswith(("dual.text_model.", "words.")) and "pooler" not in name
+        assert torch.equal(value, start[name]) != learnt, name
 
 
 def test_a_pretraining_that_was_stopped_ends_in_the_same_bits(table: Path, tmp_path: Path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from scipy.stats import chisquare
 from tiny_models import tiny_bert, tiny_vit
 
@@ -21,6 +22,7 @@ from mmc.extract.pretraining.options import (
     TextConfig,
     VisionConfig,
 )
+from mmc.extract.pretraining.starting import beginning
 from mmc.extract.pretraining.views import cut, draw_views
 from mmc.extract.pretraining.words import make
 from mmc.store.errors import InputError
@@ -35,7 +37,7 @@ CONFIG = PretrainConfig(
 
 def model(config: PretrainConfig = CONFIG, vocabulary: int = 90) -> PairModel:
     torch.manual_seed(0)
-    return build(config, vocabulary, 0)[0].eval()
+    return build(config, beginning(config, vocabulary, 0)).eval()
 
 
 def pictures(count: int = 4, side: int = 32) -> torch.Tensor:
@@ -315,7 +317,10 @@ class TestModel:
             mask = torch.ones_like(ids)
             wanted = words.eval()(ids, attention_mask=mask).last_hidden_state
             assert torch.allclose(states, wanted, atol=1e-6)
-        assert ours.dual.text_model.pooler.dense.weight.std() > 0.01
+        poolers = load_file(tmp_path / "bert" / "model.safetensors")
+        found = ours.dual.text_model.pooler.dense
+        assert torch.equal(found.weight, poolers["pooler.dense.weight"])
+        assert torch.equal(found.bias, poolers["pooler.dense.bias"])
         for spec, group in ((bert, "vision"), (vit, "text")):
             kind = {"vision": VisionConfig, "text": TextConfig}[group]
             with pytest.raises(InputError, match=rf"{group}.weights=.* is a model of type"):
