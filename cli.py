@@ -58,7 +58,8 @@ TRAIN = """head features loss batch_size epochs lr seed precision device max_mem
     seeds folds overwrite"""
 TUNE = """targets pairs pair_column upsample samples_per_epoch batch_size epochs lr label_template
     seed precision device workers max_pixels merge overwrite"""
-PRETRAIN = "batch_size epochs lr seed precision device workers max_pixels track overwrite"
+PRETRAIN = """upsample samples_per_epoch batch_size epochs lr seed precision device workers
+    max_pixels track overwrite"""
 PREDICT = "split form scores top_k at_least_one device"
 LABELS = "features limit near device"
 RENAMED = {"form": "--format"}

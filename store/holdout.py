@@ -12,11 +12,16 @@ HELD_OUT = 0.1
 """Share of the training samples."""
 
 
-def held_out(names: Sequence[str]) -> npt.NDArray[np.bool_]:
+def held_out(names: Sequence[str], least: int = 1) -> npt.NDArray[np.bool_]:
     """Mask (n,) of the samples that validate, by a hash of the name: stable when others are added.
 
     Samples of one name (see `names_of`) stay on one side, unless all have the same one. At least
     one validates and one trains, if there are two.
+
+    Args:
+        names: n of them.
+        least: so many different names validate, if one is left to train. Those of a smaller number
+            are among them.
     """
     keys = np.array([_unit_hash(str(name)) for name in names])
     held: npt.NDArray[np.bool_] = keys < HELD_OUT
@@ -25,8 +30,10 @@ def held_out(names: Sequence[str]) -> npt.NDArray[np.bool_]:
     if keys.min() == keys.max():
         held[:] = np.arange(len(keys)) == 0
         return held
-    if not held.any():
-        held = keys == keys.min()
+    different = np.unique(keys)
+    wanted = min(least, len(different) - 1)
+    if len(np.unique(keys[held])) < wanted:
+        held = keys <= different[wanted - 1]
     if held.all():
         held = keys != keys.max()
     return held

@@ -5,7 +5,13 @@ from typing import Any, Literal, get_args
 
 from mmc.extract.sources import SourceOptions
 from mmc.extract.training import options as training
-from mmc.extract.training.options import check_amounts, check_choices, check_counts, check_run
+from mmc.extract.training.options import (
+    check_amounts,
+    check_choices,
+    check_counts,
+    check_draws,
+    check_run,
+)
 from mmc.store.errors import InputError
 
 Shape = Literal["patches", "units", "blocks"]
@@ -198,6 +204,11 @@ class OptimConfig(training.OptimConfig):
 class PretrainConfig:
     """Everything that one pretraining can be told."""
 
+    upsample: str | None = None
+    """How often pairs of each source are drawn, beside the others: 2::1::1 for a::b::c. Drawn
+    with replacement."""
+    samples_per_epoch: int | None = None
+    """Draw so many pairs with replacement in an epoch; default: each pair of train once."""
     epochs: int = 30
     """Passes over the training pairs."""
     batch_size: int = 256
@@ -238,6 +249,7 @@ class PretrainConfig:
     """How the sources are read."""
 
     def __post_init__(self) -> None:
+        check_draws(self)
         check_run(self)
         check_counts(self, "", ("projection",))
         for name, ratio in (("image", self.mask.patches), ("text", self.mask.tokens)):

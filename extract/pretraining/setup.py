@@ -22,6 +22,7 @@ from mmc.extract.training.batches import fit_batch, fit_micro_batch, spaced
 from mmc.extract.training.data import Loader, Sampler, read_pairs
 from mmc.extract.training.distributed import World
 from mmc.extract.training.loop import Say, common_identity
+from mmc.extract.training.options import factors_of
 from mmc.extract.training.seeds import Use, derived
 from mmc.extract.transforms import ImageTransform
 from mmc.store.errors import InputError
@@ -48,7 +49,12 @@ class Setup:
         self.pairs = read_pairs(source, config.source, None, workers=workers, report=say)
         for line in self.pairs.notes:
             say(line)
-        self.sampler = Sampler(self.pairs, seed=config.seed)
+        self.sampler = Sampler(
+            self.pairs,
+            factors=factors_of(config.upsample),
+            samples=config.samples_per_epoch,
+            seed=config.seed,
+        )
         self.batch_size = fit_batch(config.batch_size, self.sampler.length, processes, say)
         self.steps = self.sampler.length // self.batch_size
         self.micro_batch = fit_micro_batch(config.optim.micro_batch, self.batch_size, processes)

@@ -39,6 +39,8 @@ Say = Callable[[str], None]
 
 _AHEAD = 2
 """Batches that are decoded while another is trained on."""
+_LEAST = 2
+"""Pairs that each split needs: one alone has no negative."""
 _YES, _NO = {"1", "1.0", "true", "yes", "y"}, {"0", "0.0", "false", "no", "n", ""}
 
 
@@ -77,7 +79,8 @@ class PairSet:
     source: NDArray[np.int64]
     """(n,) which source a row is from."""
     images: NDArray[np.int64]
-    """(n,) the same number for rows of the same picture (its place), -1 = none."""
+    """(n,) the same number for rows of the same picture, -1 = none. Of the same content where val
+    was held out, for which pictures are read; otherwise of the same place."""
     texts: NDArray[np.int64]
     """(n,) the same number for rows of the same text, -1 = none."""
     labels: list[list[int] | None]
@@ -141,18 +144,21 @@ def read_pairs(
         _together(samples.table, pair_column, piece)
         for samples, piece in zip(read, pieces, strict=True)
     ]
-    texts = _codes(_blank_to_null(table["text"]))
-    images = _codes(_places(table))
+    texts, places = _codes(_blank_to_null(table["text"])), _places(table)
+    images = _codes(places)
     usable = (images >= 0) & (texts >= 0)
     valid = usable & np.concatenate(together)
     splits = _splits(table, valid)
     notes: list[str] = []
-    if not len(splits["val"]) and len(splits["train"]):
-        keys = [
+    divide = not len(splits["val"]) and len(splits["train"]) > 0
+    if divide:
+        keys = pa.chunked_array(
             add_keys(samples, None, workers=workers or usable_cores())["image_key"].combine_chunks()
             for samples in read
-        ]
-        splits, notes = _hold_out(table["id"], pa.chunked_array(keys), splits["train"])
+        )
+        splits, notes = _hold_out(table["id"], keys, splits["train"])
+        images = _codes(pc.coalesce(keys, places))
+        _check_division(spec, splits, images)
     _explain(spec, usable, valid, splits, pair_column)
     tasks = {samples.task for samples in read}
     groups = _groups(labels, "multilabel" in tasks)
@@ -221,7 +227,7 @@ def _blank_to_null(texts: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.if_else(pc.fill_null(blank, True), pa.scalar(None, pa.string()), texts)
 
 
-def _places(table: pa.Table) -> pa.Array:
+def _places(table: pa.Table) -> pa.ChunkedArray:
     """(n,) where each picture lies, as one string; null = none."""
     offsets = table["image_offset"].cast(pa.string()).fill_null("")
     source = table["_source"].cast(pa.string())
@@ -244,8 +250,11 @@ def _splits(table: pa.Table, valid: NDArray[np.bool_]) -> dict[str, Rows]:
 def _hold_out(
     ids: pa.ChunkedArray, pictures: pa.ChunkedArray, train: Rows
 ) -> tuple[dict[str, Rows], list[str]]:
-    """A tenth of ``train`` as val, as train-head holds out; all captions of a picture together."""
-    held = held_out(names_of(ids, pictures, train))
+    """A tenth of ``train`` as val, as train-head holds out; all captions of a picture together.
+
+    Of few pictures more are held out than train-head does, those among them.
+    """
+    held = held_out(names_of(ids, pictures, train), _LEAST)
     found = {"train": train[~held], "val": train[held]}
     return found, [f"no val split: {len(found['val']):,} of {len(train):,} train pairs held out"]
 
@@ -266,11 +275,23 @@ def _explain(
     if not valid.any():
         raise InputError(f"{spec}: by {pair_column} no picture and text belong together")
     for name, rows in splits.items():
-        if len(rows) < 2:
+        if len(rows) < _LEAST:
             raise InputError(
                 f"{spec} has {len(rows)} pairs in {name}, at least 2 are needed; see "
                 "--split-column and --split-by"
             )
+
+
+def _check_division(spec: str, splits: dict[str, Rows], images: NDArray[np.int64]) -> None:
+    """Raises InputError where there were too few pictures to hold some out."""
+    different = [len(np.unique(images[rows])) for rows in splits.values()]
+    if min(different) < _LEAST:
+        total = len(np.unique(images[np.concatenate([*splits.values()])]))
+        raise InputError(
+            f"{spec} has no val split, and too few different pictures in its pairs ({total}): at "
+            f"least {2 * _LEAST} are needed, {_LEAST} to train on and {_LEAST} to measure by; see "
+            "--split-column and --split-by"
+        )
 
 
 def _groups(labels: Sequence[list[int] | None], multilabel: bool) -> NDArray[np.int64]:

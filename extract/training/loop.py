@@ -287,9 +287,10 @@ class Training(ABC):
             progress("steps", self.at.step, total)
         mean: list[float] = (losses / self.job.steps).tolist()
         if not math.isfinite(mean[0]):
+            exact = self.job.precision == "float32"
+            more = "raise optim.warmup" if exact else "choose --precision float32"
             raise MmcError(
-                f"the loss is not finite in epoch {self.at.epoch + 1}; lower --lr, or choose "
-                "--precision float32"
+                f"the loss is not finite in epoch {self.at.epoch + 1}; lower --lr, or {more}"
             )
         return mean
 

@@ -86,6 +86,27 @@ def check_run(config: Any) -> None:
         raise InputError(f"--seed must be in [0, 2^63), got {config.seed}")
 
 
+def check_draws(config: Any) -> None:
+    """Raises InputError where what decides which pairs are drawn cannot be."""
+    check_counts(config, "--", ("samples_per_epoch",))
+    if not all(0 < factor < math.inf for factor in factors_of(config.upsample)):
+        raise InputError("--upsample: factors must be above 0 and finite, such as 2::1::1")
+
+
+def factors_of(upsample: str | None) -> tuple[float, ...]:
+    """``2::1::1`` as numbers, one a source; () where it is not given.
+
+    Raises:
+        InputError: one is no number.
+    """
+    try:
+        return tuple(float(piece) for piece in upsample.split(MORE)) if upsample else ()
+    except ValueError:
+        raise InputError(
+            f"--upsample {upsample!r}: write one number a source, as 2::1::1"
+        ) from None
+
+
 def _called(prefix: str, name: str) -> str:
     """An option's or a setting's name as the user writes it."""
     return prefix + (name.replace("_", "-") if prefix == "--" else name)

@@ -9,10 +9,9 @@ from mmc.extract.backbones import parse_spec
 from mmc.extract.sources import SourceOptions
 from mmc.extract.training import options as training
 from mmc.extract.training.options import (
-    MORE,
     check_amounts,
     check_choices,
-    check_counts,
+    check_draws,
     check_run,
 )
 from mmc.store.config import build
@@ -130,27 +129,11 @@ class TuneConfig:
             if wrong or not values:
                 given = wrong[0] if wrong else ""
                 raise InputError(f"--{name} {given!r}: choose from {', '.join(choices)}")
-        check_counts(self, "--", ("samples_per_epoch",))
+        check_draws(self)
         check_run(self)
-        if not all(0 < factor < math.inf for factor in self.factors):
-            raise InputError("--upsample: factors must be above 0 and finite, such as 2::1::1")
         for template in self.label_template or ():
             if "{label}" not in template:
                 raise InputError(f"--label-template {template!r} has no {{label}} in it")
-
-    @property
-    def factors(self) -> tuple[float, ...]:
-        """``upsample`` as numbers, one a source; () where it is not given.
-
-        Raises:
-            InputError: one is no number.
-        """
-        try:
-            return tuple(float(part) for part in (self.upsample or "").split(MORE) if self.upsample)
-        except ValueError:
-            raise InputError(
-                f"--upsample {self.upsample!r}: write one number a source, as 2::1::1"
-            ) from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from mmc.extract.training.batches import fit_batch, fit_micro_batch, spaced
 from mmc.extract.training.data import Loader, Sampler, read_pairs
 from mmc.extract.training.distributed import World
 from mmc.extract.training.loop import Say, common_identity
+from mmc.extract.training.options import factors_of
 from mmc.extract.tuning.guards import Probe, adapt
 from mmc.extract.tuning.joint import JointHead
 from mmc.extract.tuning.options import TuneConfig
@@ -45,7 +46,7 @@ class Setup:
             say(line)
         self.sampler = Sampler(
             self.pairs,
-            factors=config.factors,
+            factors=factors_of(config.upsample),
             samples=config.samples_per_epoch,
             seed=config.seed,
         )

@@ -19,6 +19,7 @@ def test_pretrain_then_extract(mmc: Callable, dataset, tmp_path):
     result = mmc(
         *("pretrain", dataset, out, "--config", config, "--epochs", 1, "--batch-size", 20),
         *("--set", "mask.shape=units", "--set", "mask.unit=16", "--json"),
+        *("--samples-per-epoch", 80),
     )
     assert result.code == 0, result.err
     report = result.json()
@@ -30,7 +31,7 @@ def test_pretrain_then_extract(mmc: Callable, dataset, tmp_path):
         "hidden": 8,
         "rule": "round(share * number), at least 1",
     }
-    assert record["steps"] == 3
+    assert record["steps"] == 4
     command = ("extract", dataset, tmp_path / "s", "--backbone", f"hf:{out}", "--json")
     result = mmc(*command, "--fields", "image,text,image_tokens,text_tokens,text_mask")
     assert result.code == 0, result.err
@@ -52,6 +53,7 @@ def test_pretrain_then_extract(mmc: Callable, dataset, tmp_path):
         (("--text-column", "-"), "no sample with both a picture and a text"),
         (("--lr", "0"), "--lr must be above 0"),
         (("--track", "wandb"), "tensorboard"),
+        (("--upsample", "2::1"), "--upsample has 2 factors for 1 sources"),
     ],
 )
 def test_what_is_wrong_is_one_line(mmc: Callable, dataset, tmp_path, args, says):

@@ -474,9 +474,12 @@ pretrain(sys.argv[1], sys.argv[2], eval(sys.argv[3]), report=print)
 
 def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """As `torchrun` starts them: this process and another; one picture cannot be used."""
-    table = make_set(tmp_path / "set", pairs=20)
+    first = make_set(tmp_path / "set", pairs=20)
     (tmp_path / "set" / "7.png").write_bytes(b"not a picture")
+    table = f"{first}::{make_set(tmp_path / 'other', pairs=6)}"
     settings = {
+        "upsample": "2::1",
+        "samples_per_epoch": 30,
         "batch_size": 10,
         "text": TextConfig(**SIZES, tokens=16, vocabulary=300, dropout=0),
         "optim": OptimConfig(micro_batch=3, val_samples=15),
@@ -487,7 +490,7 @@ def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-c", SECOND, str(table), str(tmp_path / "two")]
+    command = [sys.executable, "-c", SECOND, table, str(tmp_path / "two")]
     other = subprocess.Popen(
         [*command, repr(config(**settings))],
         env=os.environ | world | {"RANK": "1"},
@@ -505,7 +508,8 @@ def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     records = [json.loads((tmp_path / n / "pretrain.json").read_text()) for n in ("one", "two")]
     assert records[1]["after"] == pytest.approx(records[0]["after"], abs=1e-4)
     assert [record["processes"] for record in records] == [1, 2]
-    assert [record["failed"] for record in records] == [2, 2]
+    assert [record["failed"] for record in records] == [2, 2]  # of train and of val
+    assert [record["steps"] for record in records] == [6, 6]
 
 
 def test_towers_that_begin_with_weights(table: Path, tmp_path: Path):
@@ -651,6 +655,9 @@ class TestBadInput:
             (["mask.shpae=units"], "mask has no key 'shpae'; did you mean shape"),
             (["vission.width=50"], "mmc pretrain has no key 'vission'; did you mean vision"),
             (["vision.width=wide"], "vision setting width='wide' is not a whole number"),
+            (["upsample=2::x"], "write one number a source"),
+            (["upsample=2::0"], "factors must be above 0"),
+            (["samples_per_epoch=0"], "--samples-per-epoch must be 1 or more"),
             (["vision"], "write key.key=value, such as vision.width=384"),
         ],
     )
@@ -666,8 +673,12 @@ def test_settings_from_a_file(tmp_path: Path):
         "epochs: 50\nlr: 1e-3\nvision:\n  width: 192\n  heads: 3\nmask: {patches: 0.6}\n",
         encoding="utf-8",
     )
+    with file.open("a", encoding="utf-8") as more:
+        more.write("upsample: 2::1\nsamples_per_epoch: 900\n")
     found = read_config(file, ["mask.patches=0.5", "epochs=40"], {"epochs": 9}, SOURCE)
     assert found == PretrainConfig(
+        upsample="2::1",
+        samples_per_epoch=900,
         epochs=9,
         lr=1e-3,
         vision=VisionConfig(width=192, heads=3),

@@ -25,11 +25,11 @@ from mmc.extract.backbones import load_backbone
 from mmc.extract.options import ExtractConfig
 from mmc.extract.pipeline import extract
 from mmc.extract.sources import SourceOptions
-from mmc.extract.training.data import Sampler, read_pairs
+from mmc.extract.training.data import PairSet, Sampler, read_pairs
 from mmc.extract.training.loop import Position, silent
 from mmc.extract.training.measure import retrieval, zero_shot
 from mmc.extract.tuning.options import LoraConfig, OptimConfig, TuneConfig, TuneReport, groups
-from mmc.extract.tuning.tune import tune
+from mmc.extract.tuning.tune import _Tuning, tune
 from mmc.store import EmbeddingStore
 from mmc.store.errors import InputError, MmcError
 
@@ -360,7 +360,7 @@ SECOND = """
 import sys
 from mmc.extract.sources import SourceOptions
 from mmc.extract.tuning.options import LoraConfig, OptimConfig, TuneConfig
-from mmc.extract.tuning.tune import tune
+from mmc.extract.tuning.tune import _Tuning, tune
 tune(sys.argv[1], sys.argv[2], eval(sys.argv[3]), report=print)
 """
 
@@ -470,6 +470,43 @@ def test_captions_of_one_picture_are_held_out_together(tmp_path: Path):
     assert sides["val"]
     assert not sides["train"] & sides["val"]
     assert len(sides["train"]) + len(sides["val"]) == 40
+    # The copies were read to hold them out: they are no negatives of each other either.
+    assert len(set(pairs.images.tolist())) == 40
+    assert all(len(set(pairs.images[at : at + 5].tolist())) == 1 for at in range(0, 200, 5))
+
+
+@pytest.mark.parametrize("pictures", [1, 3, 4, 5, 20])
+def test_few_pictures_are_divided_or_refused(pictures: int, tmp_path: Path):
+    """Two to train on and two to measure by, each with two captions."""
+    rows = [HEADER[:4]]
+    for number in range(2 * pictures):
+        (tmp_path / f"{number // 2}.jpg").write_bytes(jpeg(number // 2))
+        rows.append([f"s{number}", f"{number // 2}.jpg", f"caption {number}", "train"])
+    table, options = str(write_table(tmp_path / "train.csv", rows)), SourceOptions()
+
+    def read() -> PairSet:
+        return read_pairs(table, options, None, workers=1, report=lambda line: None)
+
+    if pictures < 4:
+        with pytest.raises(InputError, match=rf"in its pairs \({pictures}\): at least 4"):
+            read()
+        return
+    pairs = read()
+    found = {name: len(set(pairs.images[rows].tolist())) for name, rows in pairs.splits.items()}
+    assert sum(found.values()) == pictures
+    assert min(found.values()) >= 2
+    assert sum(map(len, pairs.splits.values())) == 2 * pictures
+
+
+def test_a_loss_that_is_not_finite_says_what_helps(
+    table: Path, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    broken = torch.tensor(torch.nan)
+    monkeypatch.setattr(_Tuning, "step", lambda self, batch: broken)
+    with pytest.raises(MmcError, match="in epoch 1; lower --lr, or choose --precision float32"):
+        run(table, tmp_path / "out", clip, precision="bf16")
+    with pytest.raises(MmcError, match=r"lower --lr, or raise optim\.warmup"):
+        run(table, tmp_path / "out", clip, precision="float32")
 
 
 def test_pairs_without_labels_and_splits_train(tmp_path: Path):

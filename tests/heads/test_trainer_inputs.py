@@ -238,6 +238,16 @@ def test_few_names_leave_both_sides_something(names):
     assert not held.all()
 
 
+def test_of_few_names_more_can_be_asked():
+    names = [f"s{i}" for i in range(6)]
+    one, two = holdout.held_out(names), holdout.held_out(names, least=2)
+    assert (int(one.sum()), int(two.sum())) == (1, 2)
+    assert two[one].all()  # those of the smaller number are among them
+    assert int(holdout.held_out(names[:2], least=2).sum()) == 1
+    many = [f"s{i}" for i in range(300)]
+    assert (holdout.held_out(many, least=2) == holdout.held_out(many)).all()
+
+
 def test_two_rows_are_enough_to_hold_one_out(tmp_path):
     chosen = splits.choose(make_store(tmp_path / "s", ["train"] * 2), CLIP, trains=True)
     assert (len(chosen.train), len(chosen.val)) == (1, 1)
