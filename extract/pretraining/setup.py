@@ -13,6 +13,7 @@ from mmc.extract.backbones.hf_files import transform_of
 from mmc.extract.backbones.hf_text import TextRules, Tokens
 from mmc.extract.plan import Rows
 from mmc.extract.pretraining import words
+from mmc.extract.pretraining.idle import without_effect
 from mmc.extract.pretraining.masking import Hidden, PatchMasks, Vocabulary, mask_tokens
 from mmc.extract.pretraining.model import build
 from mmc.extract.pretraining.options import PretrainConfig
@@ -44,6 +45,8 @@ class Setup:
     ) -> None:
         self.source, self.folder, self.config = source, folder, config
         self.world, self.say = processes, say
+        for line in without_effect(config):
+            say(line)
         device = processes.device
         workers = config.workers or usable_cores()
         self.pairs = read_pairs(source, config.source, None, workers=workers, report=say)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from mmc.extract.options import ExtractConfig
 from mmc.extract.pipeline import extract
 from mmc.extract.pretraining import saving
 from mmc.extract.pretraining.forward import Forward
+from mmc.extract.pretraining.idle import without_effect
 from mmc.extract.pretraining.options import (
     AugmentConfig,
     LossConfig,
@@ -664,6 +666,40 @@ class TestBadInput:
     def test_settings(self, pairs: list[str], said: str):
         with pytest.raises(InputError, match=said):
             read_config(None, pairs, {}, SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        ([], []),
+        (["mask.unit=16"], ["mask.unit is without effect on the training: mask.shape=blocks"]),
+        (["mask.unit=16", "mask.shape=units"], []),
+        (
+            ["loss.contrastive=0", "loss.views=masked", "loss.temperature=0.1"],
+            [
+                "loss.views is without effect on the training: loss.contrastive is 0",
+                "loss.temperature is without effect on the training: loss.contrastive is 0",
+            ],
+        ),
+        (["optim.pretrained=0.5"], ["optim.pretrained is .*: no tower begins with weights"]),
+        (["optim.pretrained=0.5", "text.weights=hf:x"], []),
+        (["loss.image=0", "loss.pixels=mae"], ["loss.pixels is .*: loss.image is 0"]),
+        (["loss.image=0", "mask.patches=0.6"], ["mask.patches .* 0 and loss.views=clean"]),
+        (["loss.image=0", "mask.patches=0"], []),
+        (["loss.image=0", "mask.patches=0.6", "loss.views=masked"], []),
+        (["loss.text=0", "mask.random=0"], ["mask.random .* 0 and loss.views=clean"]),
+        (
+            ["loss.contrastive=0", "loss.image=0", "augment.flip=true"],
+            ["augment.flip is .*: no loss looks at pictures"],
+        ),
+        (["loss.contrastive=0", "loss.text=0", "text.dropout=0"], ["text.dropout is .* at texts"]),
+    ],
+)
+def test_settings_without_effect_are_told(pairs: list[str], said: list[str]):
+    found = without_effect(read_config(None, pairs, {}, SOURCE))
+    assert len(found) == len(said), found
+    for line, wanted in zip(found, said, strict=True):
+        assert re.search(wanted, line)
 
 
 def test_settings_from_a_file(tmp_path: Path):
