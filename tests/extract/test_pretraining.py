@@ -55,20 +55,19 @@ HEADER = ["id", "image", "text", "split"]
 SOURCE = SourceOptions(image_column="image", text_column="text", split_column="split")
 
 
-def make_set(folder: Path, pairs: int = 32, plain: bool = False) -> Path:
-    """Pictures of four colours that run into each other, or of two plain ones.
+def make_set(folder: Path, pairs: int = 32) -> Path:
+    """Pictures whose colours fade across them, each its own way: what is hidden can be told.
 
     Each with a text whose words are of it alone. Train and val are the same.
     """
     folder.mkdir(parents=True)
     draw = np.random.default_rng(0)
+    down, across = np.mgrid[-0.5:0.5:32j, -0.5:0.5:32j][..., None]
     rows = [HEADER]
     for number in range(pairs):
-        corners = Image.fromarray(draw.integers(0, 256, (2, 2, 3)).astype(np.uint8))
-        if plain:
-            corners = corners.crop((0, 0, 2, 1))
-        way = Image.Resampling.NEAREST if plain else Image.Resampling.BILINEAR
-        corners.resize((32, 32), way).save(folder / f"{number}.png")
+        slopes = draw.uniform(-120, 120, (2, 3))
+        pixels = 128 + slopes[0] * down + slopes[1] * across
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
         text = " ".join(f"{letter}{number}" for letter in "vwxyz")
         rows += [[f"{number}-{split}", f"{number}.png", text, split] for split in ("train", "val")]
     return write_table(folder / "pairs.csv", rows)
@@ -146,18 +145,11 @@ def learn(table: Path, steps: int, lr: float, **settings: Any) -> tuple[dict[str
 
 
 def test_thirty_two_pairs_are_learnt_by_heart(table: Path):
-    before, after = learn(table, 260, 2e-3)
+    before, after = learn(table, 200, 3e-3)
     assert before["contrastive_loss"] > 3
     assert after["retrieval"] == 1
     assert after["contrastive_loss"] < 0.7
     assert after["text_accuracy"] > 0.9 > 0.3 > before["text_accuracy"]
-    assert after["image_loss"] < 0.9 * before["image_loss"]
-
-
-def test_hidden_patches_are_learnt_by_heart(tmp_path: Path):
-    """Pictures of two colours: the loss of their hidden patches falls by four fifths and more."""
-    table = make_set(tmp_path / "set", plain=True)
-    before, after = learn(table, 200, 3e-3, loss=LossConfig(contrastive=0, text=0))
     assert after["image_loss"] < 0.2 * before["image_loss"]
 
 

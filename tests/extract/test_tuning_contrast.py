@@ -44,6 +44,19 @@ def test_without_a_gap_it_is_the_loss_of_clip(mask: str | None):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("scale", [1 / 0.07, 1.0])
+def test_pairs_that_are_alike_and_pairs_that_are_random(scale: float):
+    """Known without any reference: equal orthonormal pairs, and features of many numbers."""
+    count, inverse = 12, torch.tensor(scale, dtype=torch.float64)
+    alike = torch.eye(count, 16, dtype=torch.float64)
+    wanted = -math.log(math.exp(scale) / (math.exp(scale) + count - 1))
+    assert float(contrastive_loss(alike, alike, inverse)) == pytest.approx(wanted, rel=1e-9)
+    drawn = torch.randn(2, count, 65536, generator=torch.Generator().manual_seed(0))
+    image, text = F.normalize(drawn.double(), dim=-1)
+    found = float(contrastive_loss(image, text, inverse))
+    assert found == pytest.approx(math.log(count), abs=0.1)
+
+
 def test_rows_that_are_not_valid_add_nothing():
     image, text = pairs(8)
     image.requires_grad_()
