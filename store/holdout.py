@@ -30,10 +30,9 @@ def held_out(names: Sequence[str], least: int = 1) -> npt.NDArray[np.bool_]:
     if keys.min() == keys.max():
         held[:] = np.arange(len(keys)) == 0
         return held
-    different = np.unique(keys)
-    wanted = min(least, len(different) - 1)
-    if len(np.unique(keys[held])) < wanted:
-        held = keys <= different[wanted - 1]
+    if len(np.unique(keys[held])) < least:
+        different = np.unique(keys)
+        held = keys <= different[min(least, len(different) - 1) - 1]
     if held.all():
         held = keys != keys.max()
     return held
