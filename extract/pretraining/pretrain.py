@@ -137,11 +137,12 @@ class _Pretraining(Training):
     def run(self, progress: Progress) -> None:
         """Train, and log."""
         config = self.job.config
+        sees = f"; the contrastive loss sees {config.loss.views} pairs"
         self.job.say(
             f"{sum(p.numel() for p in self._trained):,} numbers are trained; a vocabulary of "
             f"{self.job.vocabulary.size:,} tokens; hidden are {self.job.masks.count} of "
-            f"{self.job.masks.patches} patches and {config.mask.tokens:.0%} of the tokens; the "
-            f"contrastive loss sees {config.loss.views} pairs"
+            f"{self.job.masks.patches} patches and {config.mask.tokens:.0%} of the tokens"
+            + (sees if config.loss.contrastive else "")
         )
         self.resume()
         parameters = flat(self.job.identity()["config"])

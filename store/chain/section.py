@@ -112,10 +112,13 @@ class Section:
         try:
             return config(**fixed, **values), values
         except InputError as error:
-            for field, value in values.items():  # which of them is it?
+            for field, value in values.items():  # which of them is it? alone it is refused alike
                 where, key = places[field]
-                with located(where, f"{self.name}.{key}"):
+                try:
                     config(**fixed, **{field: value})
+                except InputError as alone:
+                    if str(alone) == str(error):
+                        raise InputError(f"{where}: {self.name}.{key}: {error}") from None
             raise InputError(f"{self.where}: {self.name}: {error}") from None
 
     def entries(self) -> list[tuple[str, Node]]:

@@ -718,6 +718,7 @@ def test_settings_from_a_file(tmp_path: Path):
         ("epohcs: 3\n", "small.yaml:1: mmc pretrain has no key 'epohcs'; did you mean epochs"),
         ("epochs: many\n", "small.yaml:1: .* is not a whole number"),
         ("vision: {width: 50}\n", "small.yaml:1: vision.width: .* not a multiple"),
+        ("text: {width: 32, heads: 2, weights: 'hf:x'}\n", "text.width comes from text.weights"),
         ("- epochs\n", "keys and values are expected"),
         ("source: x.csv\n", "has no key 'source'"),
     ):
