@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmc.extract.backbones.attention import lay_out_inputs
 from mmc.extract.backbones.base import (
     cast,
     device_name,
@@ -131,6 +132,7 @@ def _build(
         check_image_size(files, transform, parts.image_size)
     digest = weights_sha256(parts.model.state_dict())
     adapter = add_adapter(parts.model, options.lora, base_weights=digest, where=f"hf:{files.name}")
+    lay_out_inputs(parts.model)
     dtype = cast(parts.model.eval().requires_grad_(False).to(device), precision)
     identity = {
         "architecture": f"transformers {type(parts.model).__name__}",

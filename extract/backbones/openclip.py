@@ -9,6 +9,7 @@ norm, before the projection.
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mmc.extract.backbones.attention import lay_out_inputs
 from mmc.extract.backbones.base import (
     cast,
     device_name,
@@ -52,6 +53,7 @@ def load(
     model, model_config = load_model(source, quick_gelu=settings.quick_gelu)
     digest = weights_sha256(model.state_dict())
     adapter = add_adapter(model, settings.lora, base_weights=digest, where=where)
+    lay_out_inputs(model)
     dtype = cast(model.eval().requires_grad_(False).to(device), precision)
     transform = image_transform(model.visual.preprocess_cfg)
     tokenizer = tokenizer_for(source)

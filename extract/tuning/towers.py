@@ -57,9 +57,6 @@ class Towers:
         assert encoder.model is not None
         self.encoder, self.model, self.device = encoder, encoder.model, device
         self._dtype = _DTYPES[precision]
-        for module in self.model.modules():
-            if isinstance(module, nn.MultiheadAttention) and module.batch_first:
-                module.register_forward_pre_hook(_sequence_first)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of training; weights and adapters stay float32."""
@@ -94,19 +91,6 @@ class Towers:
                     blocks[inside] = modules[inside]
                     break
         return checkpoint_blocks(blocks.values(), dropout=False)
-
-
-def _sequence_first(attention: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Lay inputs (B, L, D) out as an nn.MultiheadAttention reads them, (L, B, D).
-
-    It transposes them, and where neither its weights get a gradient nor the input is one matrix,
-    torch multiplies with L copies of the weights: half of a step, and more of one in small parts.
-    """
-    copies: dict[int, Any] = {}  # what is one tensor has to stay one: attention asks for it
-    for value in inputs[:3]:
-        if isinstance(value, Tensor) and value.ndim == 3 and id(value) not in copies:
-            copies[id(value)] = value.transpose(0, 1).contiguous().transpose(0, 1)
-    return (*(copies.get(id(value), value) for value in inputs[:3]), *inputs[3:])
 
 
 def load_towers(spec: str, device: torch.device, precision: str) -> Towers:

@@ -19,7 +19,6 @@ from tiny_models import (
     tiny_open_clip,
 )
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmc.extract.backbones.base import weights_sha256
 from mmc.extract.backbones.lora import add_adapter
@@ -284,37 +283,6 @@ def test_dropout_is_of_the_step_and_not_of_the_measurement(fresh: Any):
     assert not torch.allclose(seen[0], seen[1])
     assert not torch.allclose(seen[0], whole)
     assert set(kept.tolist()) == {0.0, 2.0}
-
-
-class Operations(TorchDispatchMode):
-    """Names of all that torch computes meanwhile."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("precision", ["bf16", "float32"])
-def test_no_product_is_with_a_copy_of_the_weights_for_each_position(
-    grad: bool, precision: str, tmp_path: Path
-):
-    towers = load_towers(tiny_open_clip(tmp_path), CPU, precision)
-    probe = Probe.of(towers)
-    adapters = Adapters(towers.model, find_targets(towers.model, ("out",)), LORA, 0)
-    with torch.set_grad_enabled(grad), Operations() as operations:
-        features = probe.features(towers)
-        if grad:
-            torch.stack([value.sum() for value in features.values()]).sum().backward()
-    assert {"mm", "addmm"} & set(operations.names)
-    assert not {"bmm", "baddbmm"} & set(operations.names)
-    adapters.remove()
 
 
 @pytest.mark.parametrize("case", ["open_clip", "clip"])
