@@ -49,6 +49,8 @@ class OptimConfig:
         if not 0 < self.eps < math.inf:
             raise InputError(f"optim.eps must be above 0, got {self.eps}")
         check_counts(self, "optim.", ("micro_batch", "checkpoint_epochs", "val_samples"))
+        if self.val_samples < 2:
+            raise InputError("optim.val_samples must be 2 or more: one alone is always found")
         check_choices(self, "optim.", {"schedule": get_args(Schedule)})
 
 

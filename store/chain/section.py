@@ -117,8 +117,13 @@ class Section:
                 try:
                     config(**fixed, **{field: value})
                 except InputError as alone:
-                    if str(alone) == str(error):
-                        raise InputError(f"{where}: {self.name}.{key}: {error}") from None
+                    said, name = str(error), f"{self.name}.{key}"
+                    if str(alone) != said:
+                        continue
+                    if said.startswith(where):  # it names the option by itself
+                        raise InputError(said) from None
+                    name = "" if said.startswith(name) else f"{name}: "
+                    raise InputError(f"{where}: {name}{said}") from None
             raise InputError(f"{self.where}: {self.name}: {error}") from None
 
     def entries(self) -> list[tuple[str, Node]]:
