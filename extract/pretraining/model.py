@@ -23,6 +23,7 @@ from mmc.extract.pretraining.options import LossConfig, PretrainConfig
 from mmc.extract.pretraining.starting import Start
 from mmc.extract.training.blocks import checkpoint_blocks
 from mmc.extract.training.contrast import LARGEST_SCALE
+from mmc.store.errors import InputError
 
 _STD = 0.02
 _TEMPERATURE = 0.07
@@ -163,6 +164,9 @@ def build(config: PretrainConfig, start: Start) -> PairModel:
     Args:
         config: of the pretraining.
         start: what it begins with.
+
+    Raises:
+        InputError: weights of another model.
     """
     vision = transformers.ViTModel(start.vision, use_mask_token=True)
     language: Any = transformers.BertForMaskedLM(start.text)
@@ -175,7 +179,13 @@ def build(config: PretrainConfig, start: Start) -> PairModel:
         _set_dropout(tower, group.dropout)
     model = PairModel(vision, language, start.projection, config.loss)
     drawn = model.state()
-    assert start.state.keys() <= drawn.keys()
+    for name, value in start.state.items():
+        if name not in drawn or value.shape != drawn[name].shape:
+            raise InputError(
+                f"{name} does not fit the model that the pretraining begins with: its "
+                "checkpoints/best.safetensors is of another one; remove it to begin with new "
+                "decoders"
+            )
     model.load(drawn | start.state)
     model.freeze(config.loss)
     return model

@@ -87,11 +87,13 @@ def pretrain(
         claim = (
             claimed(folder, saving.FILES, saving.RECORD, overwrite=config.overwrite)
             if processes.first
-            else nullcontext()
+            else nullcontext(lambda: None)
         )
-        with claim:
+        with claim as clear:
             processes.wait()
             training = _Pretraining(Setup(source, folder, config, processes, say))
+            clear()
+            processes.wait()
             try:
                 training.run(progress if processes.first else silent)
                 return training.finish(started)

@@ -38,6 +38,10 @@ def write_model(folder: Path, model: Any, tokenizer: Any, processor: Any) -> Non
     partial = folder / "model.partial"
     if partial.exists():
         shutil.rmtree(partial)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # what the last call cut at; how long a text may be has its own place
+        backend.no_truncation()
+        backend.no_padding()
     with quiet():
         model.save_pretrained(partial, max_shard_size=_BIGGEST)
         processor.save_pretrained(partial)

@@ -237,7 +237,10 @@ def _decoders(start: Start, source: _Source, side: str, config: PretrainConfig) 
         return
     hint = f"remove it to begin with a new {what}"
     tensors, saved = read_checkpoint(source.checkpoint, hint, _TOLD[side])
-    told = saved["identity"]["config"]["loss"]["pixels"]
+    try:
+        told = saved["identity"]["config"]["loss"]["pixels"]
+    except (KeyError, TypeError):
+        raise InputError(f"{source.checkpoint} is not of a pretraining; {hint}") from None
     if side == "vision" and told != config.loss.pixels:
         tensors = {name: value for name, value in tensors.items() if "pixels" not in name}
         if weight:

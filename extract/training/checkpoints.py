@@ -9,8 +9,9 @@ import contextlib
 import csv
 import io
 import json
+import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -98,14 +99,19 @@ def part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 @contextmanager
-def claimed(folder: Path, ours: Sequence[str], record: str, *, overwrite: bool) -> Iterator[None]:
+def claimed(
+    folder: Path, ours: Sequence[str], record: str, *, overwrite: bool
+) -> Iterator[Callable[[], None]]:
     """Keep other trainings out of a folder that is new, empty or a training's own.
+
+    Gives what removes the training that is overwritten, to be called once all that may be refused
+    has been looked at: a typing error costs nobody a finished training.
 
     Args:
         folder: what is in it but ``ours`` keeps it from being used.
         ours: names of the files and folders of a training.
         record: the one that says that it is finished.
-        overwrite: remove all of ``ours``.
+        overwrite: all of ``ours`` is to be removed.
 
     Raises:
         InputError: it holds something else, or a finished training.
@@ -124,9 +130,8 @@ def claimed(folder: Path, ours: Sequence[str], record: str, *, overwrite: bool) 
     try:
         if (folder / record).exists() and not overwrite:
             raise InputError(f"{folder} is finished; name another folder, or --overwrite it")
-        if overwrite:
-            _clear(folder, [record, *ours])
-        yield
+        _sweep(folder, ours)
+        yield lambda: _clear(folder, [record, *ours] if overwrite else [])
     finally:
         lock.release()
         (checkpoints / ".lock").unlink(missing_ok=True)
@@ -142,6 +147,14 @@ def _check(folder: Path, ours: Sequence[str]) -> None:
     others = [name for name in others if name not in ours and not name.endswith(".partial")]
     if others:
         raise InputError(f"{folder} holds other content ({others[0]}); name a new folder")
+
+
+def _sweep(folder: Path, ours: Sequence[str]) -> None:
+    """Remove the halves of files that killed calls were writing; a checkpoint's are large."""
+    for path in [*folder.glob("*.partial"), *(folder / CHECKPOINTS).glob("*.partial")]:
+        begun = re.fullmatch(r"(.+)\.\d+\.partial", path.name)
+        if begun and (begun[1] in ours or path.parent != folder) and path.is_file():
+            path.unlink()
 
 
 def _clear(folder: Path, names: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmc.extract.backbones import parse_spec
 from mmc.extract.backbones.base import versions
 from mmc.extract.backbones.lora import PREFIX, add_adapter
 from mmc.extract.backbones.lora_files import CONFIG, WEIGHTS
@@ -66,16 +67,21 @@ def tune(
     folder = Path(out).expanduser()
     if re.search(r"[,\[\]]", str(folder.absolute())):
         raise InputError(f"OUT {folder}: a path with , [ or ] cannot stand in a spec as lora=OUT")
+    begun = Path(parse_spec(config.backbone).name).expanduser()
+    if begun.exists() and begun.resolve().is_relative_to(folder.resolve()):
+        raise InputError(f"{folder} holds what the tuning begins with; name another OUT")
     with world(config.device) as processes:
         say = report if processes.first else speechless
         claim = (
             claimed(folder, saving.FILES, RECORD, overwrite=config.overwrite)
             if processes.first
-            else nullcontext()
+            else nullcontext(lambda: None)
         )
-        with claim:
+        with claim as clear:
             processes.wait()
             setup = Setup(source, folder, config, head, processes, say)
+            clear()
+            processes.wait()
             tuning = _Tuning(setup)
             try:
                 tuning.resume()

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_bert, tiny_hf_clip, tiny_vision_text, tiny_vit
 
 from mmc.extract.backbones import load_backbone
@@ -361,6 +362,32 @@ class TestGoingOnFromAPretraining:
         with pytest.raises(InputError, match=r"is not a checkpoint .*; remove it to begin with"):
             run(table, tmp_path / "out", **onward(tmp_path / "bad"))
 
+    @pytest.mark.parametrize(
+        ("name", "size", "pixels", "said"),
+        [
+            ("model.pixels.weight", (192, 8), "simmim", r"pixels\.weight does not fit the model"),
+            ("model.words.other", (3,), "simmim", r"words\.other does not fit the model"),
+            ("model.words.other", (3,), None, r"best\.safetensors is not of a pretraining; remove"),
+        ],
+    )
+    def test_a_checkpoint_of_another_training(
+        self,
+        table: Path,
+        made: Path,
+        tmp_path: Path,
+        name: str,
+        size: tuple,
+        pixels: Any,
+        said: str,
+    ):
+        shutil.copytree(made, tmp_path / "bad")
+        settings = {"loss": {"pixels": pixels}} if pixels else {}
+        text = json.dumps({"identity": {"config": settings}, "record": {}})
+        path = tmp_path / "bad" / "checkpoints" / "best.safetensors"
+        save_file({name: torch.zeros(size)}, path, metadata={"mmc": text})
+        with pytest.raises(InputError, match=said):
+            run(table, tmp_path / "out", **onward(tmp_path / "bad"))
+
     def test_towers_of_other_kinds(self, table: Path, tmp_path: Path):
         clip = tiny_vision_text(tmp_path / "clip", vision="clip")
         with pytest.raises(InputError, match="is a model of type 'clip_vision_model'; a ViT"):
@@ -438,7 +465,26 @@ def test_a_pretraining_that_was_stopped_ends_in_the_same_bits(table: Path, tmp_p
     assert records[0]["after"] == records[1]["after"]
     with pytest.raises(InputError, match="is finished; name another folder, or --overwrite"):
         run(table, tmp_path / "stopped", **settings)
+    with pytest.raises(InputError, match="there is no file"):
+        run(tmp_path / "absent.csv", tmp_path / "stopped", overwrite=True, **settings)
+    assert weights(tmp_path / "stopped")
     assert run(table, tmp_path / "stopped", overwrite=True, epochs=1).epochs == 1
+
+
+def test_a_pretraining_stopped_before_it_was_written_ends_in_the_same_bits(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run(table, tmp_path / "whole", epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(_Pretraining, "finish", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(table, tmp_path / "stopped", epochs=1)
+    assert run(table, tmp_path / "stopped", epochs=1).resumed
+    for name in saving.MODEL:
+        whole, stopped = tmp_path / "whole" / name, tmp_path / "stopped" / name
+        assert whole.exists() == stopped.exists()
+        if whole.exists():
+            assert whole.read_bytes() == stopped.read_bytes(), name
 
 
 @pytest.mark.parametrize("views", ["clean", "masked"])
