@@ -20,7 +20,10 @@ def fit_batch(wanted: int, available: int, world: World, say: Callable[[str], No
     size = min(wanted, available)
     size -= size % world.size
     if size < 2 * world.size:
-        raise InputError(f"a batch of {size} pairs is too small for {world.size} processes")
+        raise InputError(
+            f"{min(wanted, available)} pairs a step are too few: each process needs 2, and there "
+            f"are {world.size} of them; see --batch-size and --samples-per-epoch"
+        )
     if size < wanted:
         say(f"batches have {size} pairs: there are {available} in an epoch")
     return size

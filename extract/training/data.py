@@ -344,7 +344,8 @@ class Sampler:
             raise InputError(f"--upsample has {len(factors)} factors for {sources} sources")
         self.replaces = samples is not None or bool(factors)
         self.length = samples or len(self._rows)
-        weights = np.asarray(factors or [1.0] * sources)[pairs.source[self._rows]]
+        shares = np.asarray(factors or [1.0] * sources)
+        weights = (shares / shares.max())[pairs.source[self._rows]]  # huge ones stay finite in sum
         self._cumulated = np.cumsum(weights)
 
     def epoch(self, epoch: int) -> Rows:

@@ -94,6 +94,8 @@ class Position:
     best_epoch: int = 0
     best_score: float = -math.inf
     best_loss: float = math.inf
+    highest: float = -math.inf
+    """Score of any epoch, kept or not."""
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -101,11 +103,11 @@ class Position:
         """Whether an epoch is the best one so far; the loss decides among those of one score.
 
         Args:
-            noise: scores that differ by no more count as one.
+            noise: scores that lie no further below the highest one count as one. (Below that of
+                the epoch kept, many small steps down would each be small.)
         """
-        if abs(score - self.best_score) <= max(noise, _TIE):
-            return loss < self.best_loss
-        return score > self.best_score
+        least = max(self.highest, self.best_score, score) - max(noise, _TIE)
+        return score >= least and (loss < self.best_loss or self.best_score < least)
 
     def metrics(self, epoch: int) -> dict[str, float]:
         """What was measured after an epoch, 0 is before the first."""
@@ -212,7 +214,7 @@ class Training(ABC):
         total = self.job.config.epochs * self.job.steps
         trained, first_step = 0.0, self.at.step
         if not self.at.history:
-            self._note(self.measure(), None)
+            self._note(self._measured(), None)
         while self.at.epoch < self.job.config.epochs and not self.enough():
             begun = time.perf_counter()
             losses = self._epoch(progress, total)
@@ -220,12 +222,13 @@ class Training(ABC):
             trained += took
             self.at.seconds += took
             self.at.epoch += 1
-            measured = self.measure()
+            measured = self._measured()
             score = self.score(measured)
             if self.at.improves(score, measured["loss"], self.noise(measured)):
                 self.at.best_score, self.at.best_loss = score, measured["loss"]
                 self.at.best_epoch = self.at.epoch
                 self.keep()
+            self.at.highest = max(self.at.highest, score)
             self._note(measured, losses)
             self._checkpoint()
         steps = self.at.step - first_step
@@ -277,22 +280,43 @@ class Training(ABC):
         """Train on one epoch's pairs; the mean losses."""
         config = self.job.config
         losses = torch.zeros(len(self.losses), device=self.job.world.device)
+        usable = torch.zeros((), device=self.job.world.device)
         rows = self.job.sampler.epoch(self.at.epoch)[: self.job.steps * self.job.batch_size]
         for batch in self.job.loader.batches(rows, self.job.batch_size):
             rate = config.lr * lr_factor(self.at.step, total, config.optim)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group["share"]
             losses += self.step(batch)
+            usable += batch.valid.sum()
             self.at.step += 1
             progress("steps", self.at.step, total)
         mean: list[float] = (losses / self.job.steps).tolist()
-        if not math.isfinite(mean[0]):
-            exact = self.job.precision == "float32"
-            more = "raise optim.warmup" if exact else "choose --precision float32"
-            raise MmcError(
-                f"the loss is not finite in epoch {self.at.epoch + 1}; lower --lr, or {more}"
-            )
+        self._check_finite(mean[0], self.at.epoch + 1)
+        self.job.world.sum_([usable])
+        if not usable:
+            why = next(iter(self.job.loader.failed.values()), "")
+            raise MmcError(f"no picture of train can be used (the first that cannot: {why})")
         return mean
+
+    def _measured(self) -> dict[str, float]:
+        """What `measure` gives, of weights that are numbers."""
+        measured = self.measure()
+        self._check_finite(measured["loss"], self.at.epoch)
+        return measured
+
+    def _check_finite(self, loss: float, epoch: int) -> None:
+        """Raises MmcError where a loss is no number; epoch 0 is before the first step."""
+        if math.isfinite(loss):
+            return
+        exact = self.job.precision == "float32"
+        if not epoch:
+            raise MmcError(
+                "the loss on val is not finite before the first step: the weights that the "
+                f"{self.what} begins with are damaged"
+                + ("" if exact else ", or need --precision float32")
+            )
+        more = "raise optim.warmup" if exact else "choose --precision float32"
+        raise MmcError(f"the loss is not finite in epoch {epoch}; lower --lr, or {more}")
 
     def _note(self, measured: dict[str, float], losses: list[float] | None) -> None:
         """Add a row to the history and say it."""

@@ -53,7 +53,7 @@ def retrieval(
 def _ranks(scores: Tensor, right: Tensor) -> Tensor:
     """(R,) of each row's best right answer: wrong ones that score as much or more."""
     best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-    return ((scores >= best) & ~right).sum(1)
+    return (~(scores < best) & ~right).sum(1)  # NaN is found by nobody
 
 
 def zero_shot(

@@ -55,11 +55,17 @@ def adapt(
     """Put adapters on what the config names, and prove that they work.
 
     Raises:
-        InputError: a tower has nothing of the kind.
+        InputError: a tower has nothing of the kind, or weights that are no numbers.
         MmcError: an adapter without effect.
     """
     with torch.no_grad():
         before = probe.features(towers)
+    for tower, features in before.items():
+        if not bool(features.isfinite().all()):
+            raise InputError(
+                f"{config.backbone} gives {tower} features that are not finite: its weights are "
+                "damaged"
+            )
     found = find_targets(towers.model, config.targets)
     if config.backbone.startswith("hf:"):
         # peft's format: what peft would load without any effect has no place in it.
