@@ -30,6 +30,7 @@ def _sequence_first(
         return None
     copies: dict[int, Tensor] = {}  # what is one tensor has to stay one: attention asks for it
     for value in inputs[:3]:
-        if isinstance(value, Tensor) and value.ndim == 3 and id(value) not in copies:
+        plain = isinstance(value, Tensor) and value.ndim == 3 and not value.is_nested
+        if plain and id(value) not in copies:
             copies[id(value)] = value.transpose(0, 1).contiguous().transpose(0, 1)
     return (*(copies.get(id(value), value) for value in inputs[:3]), *inputs[3:]), named
