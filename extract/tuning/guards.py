@@ -7,12 +7,14 @@ merged weights must give the features of the adapters; the model below must be w
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from mmc.extract.backbones.base import TokenBatch, weights_sha256
 from mmc.extract.tuning.adapters import Adapters
+from mmc.extract.tuning.options import Target as Kind
 from mmc.extract.tuning.options import TuneConfig
 from mmc.extract.tuning.targets import Target, find_targets, within_multihead
 from mmc.extract.tuning.towers import Towers
@@ -93,31 +95,44 @@ def used_targets(towers: Towers, targets: Sequence[Target], probe: Probe) -> lis
     Raises:
         InputError: a tower has none.
     """
+    used = _reached(towers, targets, probe)
+    for tower, found in used.items():
+        if not found:
+            kinds = [
+                kind
+                for kind in get_args(Kind)
+                if _reached(towers, find_targets(towers.model, (kind,)), probe)[tower]
+            ]
+            raise InputError(
+                f"the {tower} tower has no layer of these --targets; "
+                + (f"it has {', '.join(kinds)}: add one of them" if kinds else "it has none at all")
+            )
+    return [target for target in targets if any(target.key in some for some in used.values())]
+
+
+def _reached(
+    towers: Towers, targets: Sequence[Target], probe: Probe
+) -> dict[str, set[tuple[int, str]]]:
+    """Of each tower, the keys of the ``targets`` that its features depend on."""
     weights = {target.key: target.weight for target in targets}
     for weight in weights.values():
         weight.requires_grad_(True)
-    used: set[tuple[int, str]] = set()
+    used: dict[str, set[tuple[int, str]]] = {}
     try:
         for tower, features in probe.features(towers).items():
             grads: tuple[Tensor | None, ...] = ()
             if features.requires_grad:
                 every = list(weights.values())
                 grads = torch.autograd.grad(_mixed(features), every, allow_unused=True)
-            found = {
+            used[tower] = {
                 key
                 for key, grad in zip(weights, grads, strict=False)
                 if grad is not None and bool(grad.any())
             }
-            if not found:
-                raise InputError(
-                    f"the {tower} tower has no layer of these --targets; others are q, k, v, mlp "
-                    "and, of CNNs, conv"
-                )
-            used |= found
     finally:
         for weight in weights.values():
             weight.requires_grad_(False)
-    return [target for target in targets if target.key in used]
+    return used
 
 
 def check_beginning(

@@ -336,8 +336,10 @@ CNN = {
 
 def test_a_tower_without_attention_says_what_it_has(tmp_path: Path):
     towers = load_towers(tiny_open_clip(tmp_path / "cnn", CNN), CPU, "float32")
-    with pytest.raises(InputError, match=r"the image tower has no layer of these --targets"):
+    with pytest.raises(InputError, match=r"image tower has no layer .* it has conv: add one"):
         adapted(towers)
+    with pytest.raises(InputError, match=r"text tower has no .* it has out, q, k, v, mlp: add"):
+        adapted(towers, ("conv",))
     probe = Probe.of(towers)
     before = outputs(towers, probe)
     base = weights_sha256(towers.model.state_dict())
