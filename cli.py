@@ -156,7 +156,8 @@ def _option(name: str, hint: Any, doc: str, default: Any) -> inspect.Parameter:
 def _with_default(doc: str, default: Any) -> str:
     """The help of an option with its default, where that says something."""
     silent = default is None or default in (False, "", ())
-    return doc if silent or "default" in doc.lower() else f"{doc} [default: {default}]"
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    return doc if silent or "default" in doc.lower() else f"{doc} [default: {shown}]"
 
 
 def _say(line: str) -> None:
