@@ -317,7 +317,11 @@ def _check_tower(config: Any, group: str, defaults: dict[str, int]) -> None:
     _check_spec(f"{group}.weights", config.weights)
     given = [name for name in names if getattr(config, name) is not None]
     if config.weights is not None and given:
-        raise InputError(f"{group}.{given[0]} comes from {group}.weights; leave it out")
+        several = len(given) > 1
+        raise InputError(
+            f"{', '.join(f'{group}.{name}' for name in given)} {'come' if several else 'comes'} "
+            f"from {group}.weights; leave {'them' if several else 'it'} out"
+        )
     sizes = _sizes(config, defaults)
     if sizes["width"] % sizes["heads"]:
         raise InputError(

@@ -686,6 +686,10 @@ class TestBadInput:
             (["vision.width=50"], "vision.width=50 is not a multiple of vision.heads=6"),
             (["vision.weights=vit"], "write hf:NAME or hf:FOLDER"),
             (["vision.weights=hf:x", "vision.width=6"], "vision.width comes from vision.weights"),
+            (
+                ["vision.weights=hf:x", "vision.width=6", "vision.layers=2"],
+                "vision.width, vision.layers come from vision.weights; leave them out",
+            ),
             (["text.tokenizer=hf:x", "text.vocabulary=500"], "come from text.tokenizer"),
             (["mask.patches=1"], r"mask.patches must be in \[0, 1\)"),
             (["mask.random=0.3"], "more than 1 together"),
@@ -764,7 +768,7 @@ def test_settings_from_a_file(tmp_path: Path):
         ("epohcs: 3\n", "small.yaml:1: mmc pretrain has no key 'epohcs'; did you mean epochs"),
         ("epochs: many\n", "small.yaml:1: .* is not a whole number"),
         ("vision: {width: 50}\n", "small.yaml:1: vision.width=50 is not a multiple"),
-        ("text: {width: 32, heads: 2, weights: 'hf:x'}\n", "text.width comes from text.weights"),
+        ("text: {width: 32, heads: 2, weights: 'hf:x'}\n", "text.width, text.heads come from"),
         ("- epochs\n", "keys and values are expected"),
         ("source: x.csv\n", "has no key 'source'"),
     ):
