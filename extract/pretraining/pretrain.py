@@ -295,10 +295,17 @@ class _Pretraining(Training):
         before, after = self.at.metrics(0), self.at.metrics(self.at.best_epoch)
         folder = self.job.folder
         self.tell_failed(self._failed)
+        if after["loss"] >= before["loss"]:
+            self.job.say(
+                f"warning: on val the loss is not lower than it was ({before['loss']:.4f} -> "
+                f"{after['loss']:.4f}); more pairs, more --epochs or another --lr may help"
+            )
+        if self.job.config.loss.contrastive:
+            self.warn_of_chance(after["retrieval"])
         self.job.say(
             f"kept epoch {self.at.best_epoch} of {self.at.epoch}: loss {before['loss']:.4f} -> "
             f"{after['loss']:.4f}, retrieval {before['retrieval']:.4f} -> {after['retrieval']:.4f} "
-            f"on {len(self.job.val)} val samples"
+            f"on {len(self.job.val)} val samples ({self.chance():.4f} by chance)"
         )
         self.job.say(f"use it: mmc extract ... --backbone hf:{folder}")
         return PretrainReport(

@@ -9,6 +9,8 @@ from mmc.extract.training.distributed import World
 from mmc.store.errors import InputError
 
 _MICRO_BATCHES = {"cpu": 32, "cuda": 256}
+_LEFT = 0.1
+"""Share of an epoch's pairs that may be left out unsaid."""
 
 
 def fit_batch(wanted: int, available: int, world: World, say: Callable[[str], None]) -> int:
@@ -26,6 +28,12 @@ def fit_batch(wanted: int, available: int, world: World, say: Callable[[str], No
         )
     if size < wanted:
         say(f"batches have {size} pairs: there are {available} in an epoch")
+    elif available % size > _LEFT * available:
+        say(
+            f"batches of {size}: {available // size} an epoch, and {available % size} of the "
+            f"{available:,} pairs, others each time, are left out; a smaller --batch-size takes "
+            "more steps"
+        )
     return size
 
 

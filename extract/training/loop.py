@@ -19,6 +19,7 @@ from mmc.extract.plan import Rows
 from mmc.extract.training.checkpoints import Checkpoints, part
 from mmc.extract.training.data import Batch, Loader, PairSet, Sampler
 from mmc.extract.training.distributed import World
+from mmc.extract.training.measure import chance
 from mmc.extract.training.optim import lr_factor, pack_optimizer, unpack_optimizer
 from mmc.store.errors import MmcError
 
@@ -253,6 +254,21 @@ class Training(ABC):
             self.job.say(f"warning: {count:,} pictures cannot be used:")
             for row, why in list(self.job.loader.failed.items())[:_SAID]:
                 self.job.say(f"  {self.job.pairs.ids[row].as_py()}: {why}")
+
+    def chance(self) -> float:
+        """`retrieval` on val of a random ranking."""
+        pairs, val = self.job.pairs, self.job.val
+        return chance(pairs.images[val], pairs.texts[val])
+
+    def warn_of_chance(self, found: float) -> None:
+        """Say so where ``found``, a `retrieval` on val, is within a standard error of chance."""
+        guess = self.chance()
+        if found - guess <= math.sqrt(guess * (1 - guess) / len(self.job.val)):
+            self.job.say(
+                "warning: on val pictures and texts find each other hardly better than by chance "
+                f"(retrieval {found:.4f}, by chance {guess:.4f}); train heads on these features "
+                "and on others before you rely on them"
+            )
 
     def outcome(self) -> dict[str, Any]:
         """What the record of every finished training and its report say alike."""

@@ -50,6 +50,20 @@ def retrieval(
     return {"retrieval": sum(found.values()) / len(found), **found}
 
 
+def chance(images: NDArray[np.int64], texts: NDArray[np.int64]) -> float:
+    """The mean recall (`retrieval`) of a random ranking; arguments as there."""
+    pairs = np.unique(np.stack([images, texts]), axis=1)
+    shares = []
+    for queries, keys in (pairs, pairs[::-1]):
+        answers = np.unique(queries, return_counts=True)[1]
+        candidates = len(np.unique(keys))
+        for k in KS:
+            drawn = np.arange(min(k, candidates))
+            wrong = (candidates - answers[:, None] - drawn).clip(0) / (candidates - drawn)
+            shares.append(1 - wrong.prod(1).mean())
+    return float(np.mean(shares))
+
+
 def _ranks(scores: Tensor, right: Tensor) -> Tensor:
     """(R,) of each row's best right answer: wrong ones that score as much or more."""
     best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)

@@ -284,15 +284,23 @@ class _Tuning(Training):
         before, after = self.at.metrics(0), self.at.metrics(self.at.best_epoch)
         metric, folder = self.job.config.optim.metric, self.job.folder
         self.tell_failed(self._failed)
-        if after[metric] <= before[metric]:
+        gain = after[metric] - before[metric]
+        if gain <= self.noise(after):
             self.job.say(
-                f"warning: on val the tuned backbone is not better than it was ({metric} "
-                f"{before[metric]:.4f} -> {after[metric]:.4f}); more pairs, more --epochs or "
-                "another --lr may help"
+                f"warning: on val the tuned backbone is {'hardly' if gain > 0 else 'not'} better "
+                f"than it was ({metric} {before[metric]:.4f} -> {after[metric]:.4f}); more pairs, "
+                "more --epochs or another --lr may help"
             )
+        self.warn_of_chance(after["retrieval"])
+        was = f"{before[metric]:.4f} -> "
+        told = {
+            "retrieval": f" ({self.chance():.4f} by chance)",
+            "head": "; whether tuning helped it, a head on the frozen features tells",
+        }
         self.job.say(
-            f"kept epoch {self.at.best_epoch} of {self.at.epoch}: {metric} {before[metric]:.4f} "
-            f"-> {after[metric]:.4f} on {len(self.job.val)} val samples"
+            f"kept epoch {self.at.best_epoch} of {self.at.epoch}: {metric} "
+            f"{'' if metric == 'head' else was}{after[metric]:.4f} on {len(self.job.val)} val "
+            f"samples{told.get(metric, '')}"
         )
         self.job.say(
             f'use it: mmc extract ... --backbone "{self.job.config.backbone}[lora={folder}]"'

@@ -29,7 +29,7 @@ from mmc.extract.pipeline import extract
 from mmc.extract.sources import SourceOptions
 from mmc.extract.training.data import PairSet, Sampler, read_pairs
 from mmc.extract.training.loop import Position, silent
-from mmc.extract.training.measure import retrieval, zero_shot
+from mmc.extract.training.measure import chance, retrieval, zero_shot
 from mmc.extract.tuning.options import LoraConfig, OptimConfig, TuneConfig, TuneReport, groups
 from mmc.extract.tuning.tune import _Tuning, tune
 from mmc.store import EmbeddingStore
@@ -158,6 +158,7 @@ def test_a_domain_that_the_backbone_does_not_know(table: Path, clip: str, tmp_pa
     assert report.after["zero_shot"] > report.before["zero_shot"] + 0.3
     assert (report.pairs, report.val, report.failed) == (48, 16, 0)
     assert any(line.startswith("before: ") for line in said)
+    assert not any(line.startswith("warning: ") for line in said)
     record = json.loads((tmp_path / "out" / "tune.json").read_text(encoding="utf-8"))
     assert record["after"] == report.after
     assert record["config"]["lr"] == 1e-2
@@ -617,6 +618,30 @@ def test_retrieval_by_hand():
     assert found["text_to_image_R@1"] == pytest.approx(2 / 3)
     assert found["image_to_text_R@5"] == found["text_to_image_R@10"] == 1
     assert found["retrieval"] == pytest.approx((4 / 3 + 4) / 6)
+
+
+def test_recalls_by_chance():
+    each = np.arange(120)
+    assert chance(each, each) == pytest.approx((1 + 5 + 10) / 3 / 120)
+    assert chance(each[:4], each[:4]) == pytest.approx((1 / 4 + 1 + 1) / 3)
+    # As above: one picture of three has two of the three texts, one text two of the pictures.
+    images, texts = np.array([5, 5, 7, 9]), np.array([0, 1, 2, 2])
+    assert chance(images, texts) == pytest.approx((2 * (2 / 3 + 1 / 3 + 1 / 3) / 3 + 4) / 6)
+    assert chance(images.repeat(2), texts.repeat(2)) == pytest.approx(chance(images, texts))
+
+
+def test_a_tuning_that_brings_nothing_is_not_praised(table: Path, clip: str, tmp_path: Path):
+    said: list[str] = []
+    report = run(table, tmp_path / "out", clip, epochs=1, lr=1e-9, batch_size=29, said=said)
+    assert any(
+        line.startswith("batches of 29: 1 an epoch, and 19 of the 48 pairs") for line in said
+    )
+    warnings = [line for line in said if line.startswith("warning: on val ")]
+    assert "better than it was" in warnings[0]
+    assert "hardly better than by chance" in warnings[1]
+    guess = (1 + 5 + 10) / 3 / 16
+    found = f"-> {report.after['retrieval']:.4f} on 16 val samples ({guess:.4f} by chance)"
+    assert said[-2].endswith(found)
 
 
 def test_features_that_are_all_alike_find_nothing():
