@@ -182,6 +182,11 @@ class _Pretraining(Training):
         metric = self.job.config.optim.metric
         return -measured["loss"] if metric == "loss" else measured[metric]
 
+    def warn_of_collapse(self, measured: dict[str, float]) -> None:
+        """See :class:`Training`; without the contrastive loss nothing learns to tell apart."""
+        if self.job.config.loss.contrastive:
+            super().warn_of_collapse(measured)
+
     def measure(self) -> dict[str, float]:
         """See :class:`Training`."""
         return self._validation.measure()

@@ -13,7 +13,7 @@ from torch import Tensor
 from mmc.extract.plan import Rows
 from mmc.extract.training.contrast import PairMask, contrastive_loss
 from mmc.extract.training.data import Batch, Loader, PairSet
-from mmc.extract.training.measure import retrieval
+from mmc.extract.training.measure import alikeness, retrieval
 from mmc.store.errors import MmcError
 
 Encode = Callable[[Batch, slice], tuple[Tensor, Tensor]]
@@ -74,7 +74,8 @@ class Evaluation:
         return image[good], text[good], rows[good.cpu().numpy()]
 
     def measure(self, image: Tensor, text: Tensor, rows: Rows) -> dict[str, float]:
-        """By name: `loss`, recalls and their mean (`retrieval`), of features that `embed` gave.
+        """By name, of features that `embed` gave: `loss`, recalls and their mean (`retrieval`), and
+        the mean cosine between pictures and between texts (`image_cosine`, `text_cosine`).
 
         Raises:
             MmcError: not enough pictures could be used.
@@ -86,7 +87,8 @@ class Evaluation:
                 + (f" (the first that cannot: {why})" if why else "")
             )
         found = {"loss": self._loss(image, text, rows)}
-        return found | retrieval(image, text, self._pairs.images[rows], self._pairs.texts[rows])
+        found |= retrieval(image, text, self._pairs.images[rows], self._pairs.texts[rows])
+        return found | {"image_cosine": alikeness(image), "text_cosine": alikeness(text)}
 
     @torch.no_grad()
     def _loss(self, image: Tensor, text: Tensor, rows: Rows) -> float:

@@ -28,6 +28,8 @@ Progress = Callable[[str, int, int], None]
 
 _SAID = 5
 _TIE = 1e-9
+_COLLAPSED = 0.1
+"""Features have become alike where their distance (1 - mean cosine) is this share of the first."""
 _SHARES = {"retrieval", "zero_shot"}
 """Metrics that are shares of val."""
 
@@ -129,7 +131,7 @@ class Training(ABC):
         self.job, self.optimizer = job, optimizer
         self.checkpoints = Checkpoints(job.folder, job.identity())
         self.at = Position()
-        self.resumed = False
+        self.resumed = self._collapsed = False
         self.rate = 0.0
         """Pairs per second of the steps of this run."""
 
@@ -231,6 +233,7 @@ class Training(ABC):
                 self.keep()
             self.at.highest = max(self.at.highest, score)
             self._note(measured, losses)
+            self.warn_of_collapse(measured)
             self._checkpoint()
         steps = self.at.step - first_step
         self.rate = steps * self.job.batch_size / trained if steps else 0.0
@@ -319,6 +322,18 @@ class Training(ABC):
         measured = self.measure()
         self._check_finite(measured["loss"], self.at.epoch)
         return measured
+
+    def warn_of_collapse(self, measured: dict[str, float]) -> None:
+        """Say once where all features become alike: they tell nothing, and only lose more."""
+        first = self.at.metrics(0)
+        for what, name in (("pictures", "image_cosine"), ("texts", "text_cosine")):
+            if self._collapsed or 1 - measured[name] >= _COLLAPSED * (1 - first[name]):
+                continue
+            self._collapsed = True
+            self.job.say(
+                f"warning: the features of all {what} become alike (mean cosine {first[name]:.3f} "
+                f"-> {measured[name]:.4f}), so that they tell less and less; lower --lr"
+            )
 
     def _check_finite(self, loss: float, epoch: int) -> None:
         """Raises MmcError where a loss is no number; epoch 0 is before the first step."""

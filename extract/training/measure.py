@@ -50,6 +50,13 @@ def retrieval(
     return {"retrieval": sum(found.values()) / len(found), **found}
 
 
+def alikeness(features: Tensor) -> float:
+    """Mean cosine between two different ones of (n, D) features, n >= 2; 1: all are the same."""
+    n = len(features)
+    total = features.double().sum(0).square().sum()
+    return float((total - n) / (n * (n - 1)))
+
+
 def chance(images: NDArray[np.int64], texts: NDArray[np.int64]) -> float:
     """The mean recall (`retrieval`) of a random ranking; arguments as there."""
     pairs = np.unique(np.stack([images, texts]), axis=1)

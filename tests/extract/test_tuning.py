@@ -29,7 +29,7 @@ from mmc.extract.pipeline import extract
 from mmc.extract.sources import SourceOptions
 from mmc.extract.training.data import PairSet, Sampler, read_pairs
 from mmc.extract.training.loop import Position, silent
-from mmc.extract.training.measure import chance, retrieval, zero_shot
+from mmc.extract.training.measure import alikeness, chance, retrieval, zero_shot
 from mmc.extract.tuning.options import LoraConfig, OptimConfig, TuneConfig, TuneReport, groups
 from mmc.extract.tuning.tune import _Tuning, tune
 from mmc.store import EmbeddingStore
@@ -176,6 +176,31 @@ def test_a_domain_that_the_backbone_does_not_know(table: Path, clip: str, tmp_pa
     assert int(best["epoch"]) == report.best_epoch == record["best_epoch"]
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors", "tune.json", "history.csv"}
+
+
+@pytest.mark.parametrize("lr", [1e-2, 3.0])
+def test_features_that_become_alike_are_said_once(
+    lr: float, table: Path, clip: str, tmp_path: Path
+):
+    said: list[str] = []
+    targets = ("out", "q", "k", "v", "mlp")
+    run(table, tmp_path / "out", clip, targets=targets, epochs=3, lr=lr, said=said)
+    with (tmp_path / "out" / "history.csv").open(encoding="utf-8") as file:
+        history = list(csv.DictReader(file))
+    least = min(
+        min(1 - float(row[name]) for row in history[1:]) / (1 - float(history[0][name]))
+        for name in ("val_image_cosine", "val_text_cosine")
+    )
+    assert (least < 0.1) == (lr == 3.0)
+    assert len([line for line in said if "become alike" in line]) == (lr == 3.0)
+
+
+def test_alikeness_is_the_mean_cosine_of_different_rows():
+    features = torch.nn.functional.normalize(torch.randn(7, 5), dim=1)
+    cosines = features @ features.T
+    wanted = (cosines.sum() - cosines.trace()) / (7 * 6)
+    assert alikeness(features) == pytest.approx(float(wanted), abs=1e-6)
+    assert alikeness(features[:1].repeat(3, 1)) == pytest.approx(1)
 
 
 def test_a_recall_that_is_better_by_luck_does_not_replace_an_epoch_of_lower_loss():
