@@ -140,7 +140,7 @@ def _head(run: "Run") -> str:
     how = f"loss `{run.loss}`, " if run.history else ""
     return (
         f"# {name}\n\n"
-        f"A `{run.head}` head for a {run.task} task with {len(run.label_set)} labels, on frozen "
+        f"A `{run.head}` head for a {run.task} task with {len(run.label_set)} labels, on "
         f"features: {inputs}. {run.parameters:,} parameters, {how}seed {run.seed}.{_about(run)}"
     )
 

@@ -20,6 +20,7 @@ from mmc.heads.models.base import Head
 from mmc.heads.options import TrainConfig, parse_set
 from mmc.heads.parts import Parts
 from mmc.heads.training import Setup
+from mmc.heads.trainreport import place
 from mmc.store.errors import InputError
 from mmc.store.registry import load, lookup
 
@@ -141,6 +142,7 @@ class JointTraining:
         setup = Setup(store, config)
         made = setup.run(self._head.state_dict(), Position())
         setup.measure(made)
+        made.training = place(store)
         made.save(run)
 
     def _targets(self, labels: Sequence[list[int] | None]) -> Tensor:

@@ -69,11 +69,11 @@ def effort(setup: Setup, position: Position, seconds: float) -> dict[str, Any]:
         "lr": setup.lr,
         "device": str(setup.device),
         "notes": list(position.notes),
-        **_place(setup.store),
+        **place(setup.store),
     }
 
 
-def _place(store: EmbeddingStore) -> dict[str, str]:
+def place(store: EmbeddingStore) -> dict[str, str]:
     """Where the store is, said so that it means the same from every folder; arrays are nowhere."""
     if not isinstance(store, EmbeddingStore):
         return {}

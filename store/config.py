@@ -79,8 +79,9 @@ def typed(config: type, field: str, value: Any, *, where: str, key: str | None =
     try:
         return _convert(value, hint)
     except (TypeError, ValueError) as error:
+        why = f": {error}" if str(error) else ""
         raise InputError(
-            f"{where} setting {key or field}={value!r} is not {_wanted(hint)}: {error}"
+            f"{where} setting {key or field}={value!r} is not {_wanted(hint)}{why}"
         ) from None
 
 
@@ -130,7 +131,11 @@ def _convert(value: Any, hint: Any) -> Any:
         if value.lower() not in words:
             raise ValueError("use true or false")
         return words[value.lower()]
-    return _finite(float(value)) if hint is float else hint(value)
+    try:
+        number = hint(value)
+    except ValueError:  # Python's words for it say no more
+        raise ValueError from None
+    return _finite(number) if hint is float else number
 
 
 def _finite(value: float) -> float:

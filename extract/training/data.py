@@ -160,6 +160,11 @@ def read_pairs(
         images = _codes(pc.coalesce(keys, places))
         _check_division(spec, splits, images)
     _explain(spec, usable, valid, splits, pair_column)
+    if pair_column is not None:
+        apart = int((usable & ~valid).sum())
+        notes.append(
+            f"{pair_column}: {apart:,} of {int(usable.sum()):,} pairs do not belong together"
+        )
     tasks = {samples.task for samples in read}
     groups = _groups(labels, "multilabel" in tasks)
     return PairSet(
@@ -269,8 +274,8 @@ def _explain(
     """Raises InputError where there is nothing to train on or to measure by."""
     if not usable.any():
         raise InputError(
-            f"{spec} has no sample with both a picture and a text; name the columns with "
-            "--image-column and --text-column"
+            f"{spec} has no sample with both a picture and a text, as tuning and pretraining need; "
+            "name the columns with --image-column and --text-column"
         )
     if not valid.any():
         raise InputError(f"{spec}: by {pair_column} no picture and text belong together")

@@ -41,6 +41,7 @@ def test_a_head_is_trained_along_and_taken_apart(mmc: Callable, dataset, backbon
     report = result.json()
     assert report["after"]["head"] > report["before"]["head"] + 0.05
     record = json.loads((out / "run" / "run.json").read_text(encoding="utf-8"))
+    assert record["training"] == {"store": str((out / "store").absolute())}
     assert record["head"] == "fusion"
     assert record["head_config"]["width"] == 16
     assert record["metrics"]["val"]["mAP"] == pytest.approx(report["after"]["head"], abs=0.02)

@@ -362,7 +362,11 @@ def test_pairs_that_the_mask_leaves_out_add_nothing(table: Path, clip: str, tmp_
         table.parent / "without.csv",
         [HEADER, *(row for row, kept in zip(rows[1:], keep[1:], strict=True) if kept)],
     )
-    first = run(table.parent / "masked.csv", tmp_path / "masked", clip, pair_column="pair")
+    said: list[str] = []
+    first = run(
+        table.parent / "masked.csv", tmp_path / "masked", clip, pair_column="pair", said=said
+    )
+    assert f"pair: {len(keep) - sum(keep)} of 80 pairs do not belong together" in said
     second = run(table.parent / "without.csv", tmp_path / "without", clip)
     assert first.pairs == second.pairs == 32
     ours, theirs = adapter(tmp_path / "masked"), adapter(tmp_path / "without")

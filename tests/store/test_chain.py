@@ -166,6 +166,11 @@ def test_a_section_that_is_wrong(text, says):
     assert says in str(error.value)
 
 
+def test_a_number_that_is_none_is_told_in_our_words():
+    with pytest.raises(InputError, match=r"setting count='x' is not a whole number$"):
+        section("count: x").config(Config, name="n")
+
+
 class Bench:
     """Two steps: `double` reads a file, `copy` reads what `double` made."""
 
