@@ -160,6 +160,9 @@ def read_pairs(
         images = _codes(pc.coalesce(keys, places))
         _check_division(spec, splits, images)
     _explain(spec, usable, valid, splits, pair_column)
+    for what, numbers in (("picture", images), ("text", texts)):
+        if len(np.unique(numbers[splits["train"]])) == 1:
+            notes.append(f"warning: all pairs of train have one {what}: nothing tells them apart")
     if pair_column is not None:
         apart = int((usable & ~valid).sum())
         notes.append(

@@ -348,6 +348,18 @@ def test_what_is_finished_is_kept(table: Path, clip: str, tmp_path: Path):
         run(table, tmp_path / "other", clip)
 
 
+def test_pairs_with_one_text_everywhere_are_told(table: Path):
+    header, *rows = read_table(table)
+    same = table.parent / "same.csv"
+    write_table(same, [header, *([*row[:2], "one", *row[3:]] for row in rows)])
+
+    def notes(path: Path) -> list[str]:
+        return read_pairs(str(path), SOURCE, None, workers=1, report=lambda line: None).notes
+
+    assert notes(table) == []
+    assert notes(same) == ["warning: all pairs of train have one text: nothing tells them apart"]
+
+
 def test_pairs_that_the_mask_leaves_out_add_nothing(table: Path, clip: str, tmp_path: Path):
     """The adapter is that of a table without them, whatever their pictures and texts are."""
     rows = read_table(table)
