@@ -180,7 +180,9 @@ class Training(ABC):
         metric = self.job.config.optim.metric
         if metric not in _SHARES:
             return 0.0
-        share = measured[metric]
+        return self._standard_error(measured[metric])
+
+    def _standard_error(self, share: float) -> float:
         return math.sqrt(share * (1 - share) / len(self.job.val))
 
     def more(self) -> dict[str, float]:
@@ -266,7 +268,7 @@ class Training(ABC):
     def warn_of_chance(self, found: float) -> None:
         """Say so where ``found``, a `retrieval` on val, is within a standard error of chance."""
         guess = self.chance()
-        if found - guess <= math.sqrt(guess * (1 - guess) / len(self.job.val)):
+        if found - guess <= self._standard_error(guess):
             self.job.say(
                 "warning: on val pictures and texts find each other hardly better than by chance "
                 f"(retrieval {found:.4f}, by chance {guess:.4f}); train heads on these features "
