@@ -128,8 +128,8 @@ def suspects(found: Brief, album: Album) -> str:
         ("extra", "Labels that may be wrong", "remove {label}?"),
         ("wrong", "", "rather {suggested} than {label}?"),
     )
-    blocks = [paragraph(f"Warning: {found.left_out}.")] if found.left_out else []
-    warnings = len(blocks)
+    warning = [paragraph(f"Warning: {found.left_out}.")] if found.left_out else []
+    blocks = []
     for kind, title, question in kinds:
         rows = [row for row in found.suspects if row["kind"] == kind]
         rows = [row for row in rows if row["score"] >= WORTH_A_LOOK][:SHOWN]
@@ -137,7 +137,7 @@ def suspects(found: Brief, album: Album) -> str:
             cards = "".join(_suspect(row, question.format(**row), album) for row in rows)
             head = f"<h3>{title}</h3>" if title else ""
             blocks.append(f'{head}<ul class="samples">{cards}</ul>')
-    if len(blocks) == warnings:
+    if not blocks:
         why = found.without or "No label is doubted, or too few samples are labelled."
         if found.suspects:
             top = max(row["score"] for row in found.suspects)
@@ -145,7 +145,7 @@ def suspects(found: Brief, album: Album) -> str:
                 "None is worth a look: the likeliest of the labels that are doubted has a score of "
                 f"{top:.2f}, and from {WORTH_A_LOOK} on they are shown. {SCORE}"
             )
-        return section("suspects", "Labels to look at again", paragraph(why), *blocks)
+        return section("suspects", "Labels to look at again", paragraph(why), *warning)
     return section(
         "suspects",
         "Labels to look at again",
@@ -156,6 +156,7 @@ def suspects(found: Brief, album: Album) -> str:
             f"Shown from {WORTH_A_LOOK} on.",
             "soft",
         ),
+        *warning,
         *blocks,
     )
 
